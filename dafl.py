@@ -29,12 +29,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid, save_image
 
 CHECKPOINT_SECONDS = 60
 MEMORY_IMAGES = 100_000
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Section 3.1: teacher and student networks. Each gives (logits, features): L_a looks at the features.
@@ -182,53 +184,51 @@ def information_entropy_loss(logits):
     return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log10()).sum()
 
 
-def kd_loss(student_logits, teacher_logits):
+def kd_loss(student_logits, teacher_logits, temperature=1.0):
     """L_KD, Eq. 1: Kullback-Leibler divergence of the student's softmax from the teacher's, in nats, batch mean.
 
     Both logits (N, K). Eq. 1's cross-entropy less the teacher's entropy: the same gradient, and 0 when both agree.
+    Eq. 1 has temperature 1; a higher one shows how the teacher ranks the classes it rules out (Hinton et al., 2015).
     """
-    return F.kl_div(student_logits.log_softmax(1), teacher_logits.softmax(1), reduction="batchmean")
+    q, p = student_logits / temperature, teacher_logits / temperature
+    return temperature**2 * F.kl_div(q.log_softmax(1), p.softmax(1), reduction="batchmean")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Section 4: the experiments
+# Section 4: data sets and hyper-parameters
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-DATASETS = ("mnist", "cifar10", "cifar100")
 PRESETS = {
     # flag: (type, least, mnist, cifar10, cifar100, meaning)
     "steps": (int, 1, 2_000, 240_000, 240_000, "steps of generator and student"),
     "batch_size": (int, 2, 64, 1024, 1024, "images in a batch"),
     "latent_dim": (int, 1, 100, 1000, 1000, "length of the noise z"),
     "lr_g": (float, 0, 0.2, 0.02, 0.02, "learning rate of the generator (Adam)"),
-    "lr_s": (float, 0, 2e-3, 0.1, 0.1, "learning rate of the student (Adam for MNIST, SGD for CIFAR)"),
+    "lr_s": (float, 0, 2e-3, 0.1, 0.1, "learning rate of the student (mnist: Adam, cifar: SGD)"),
     "oh": (float, 0, 1.0, 0.05, 0.5, "weight of the one-hot loss, Eq. 3"),
     "alpha": (float, 0, 0.1, 0.01, 0.1, "weight of the activation loss, Eq. 4"),
     "beta": (float, 0, 5.0, 5.0, 20.0, "weight of the information entropy loss, Eq. 5"),
-    "replay": (int, 0, 8, 0, 0, "more student updates a step, on remembered images; 0 is the paper's loop"),
-    "teacher_epochs": (int, 1, 9, 199, 199, "epochs of the teacher, if it is not there yet"),
-}
+    "temperature": (float, 0.1, 4.0, 1.0, 1.0, "softens both outputs in the KD loss; 1 is the paper's"),
+    "replay": (int, 0, 8, 0, 0, "more student updates a step, on mixtures of past images; 0 is the paper's loop"),
+    "collapse": (float, 0, 0.1, 0.0, 0.0, "restart a generator whose images differ by less than this; 0 never does"),
+    "teacher_epochs": (int, 1, 9, 199, 199, "epochs of the teacher, if it is still to be trained"),
+}  # fmt: skip
 
 
 class Source(NamedTuple):
-    """Where a data set comes from, and the mean and standard deviation of its pixels on a scale of 0 to 1."""
+    """A data set: its torchvision class, number of classes, mean and deviation of its pixels on a scale of 0 to 1."""
 
     load: type
     num_classes: int
     mean: tuple
     std: tuple
-    archives: tuple
 
 
 SOURCES = {
-    "mnist": Source(datasets.MNIST, 10, (0.1307,), (0.3081,), tuple(name for name, _ in datasets.MNIST.resources)),
-    "cifar10": Source(
-        datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), (datasets.CIFAR10.filename,)
-    ),
-    "cifar100": Source(
-        datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), (datasets.CIFAR100.filename,)
-    ),
+    "mnist": Source(datasets.MNIST, 10, (0.1307,), (0.3081,)),
+    "cifar10": Source(datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": Source(datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
 
@@ -237,56 +237,79 @@ class UserError(Exception):
 
 
 def load_dataset(name, split, data_dir, device="cpu"):
-    """The whole "train" or "test" split on the device: images float (N, C, 32, 32), normalised, and labels (N,).
+    """The whole "train" or "test" split on the device: normalised images (N, C, 32, 32) and labels (N,).
 
-    Downloaded to data_dir if it is not there. Raises UserError, naming the missing files, where that fails.
+    Downloads to data_dir what is not there. Raises UserError, naming the files it needs, where that fails.
     """
     source = SOURCES[name]
     try:
         dataset = source.load(data_dir, train=split == "train", download=True)
     except Exception as error:
-        folder = Path(data_dir, "MNIST", "raw") if name == "mnist" else Path(data_dir)
-        raise UserError(
-            f"cannot read or download {name}: put {', '.join(source.archives)} in {folder} and delete what was unpacked"
-            f" there ({type(error).__name__})"
-        ) from error
-    images = torch.as_tensor(dataset.data)
-    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)  # uint8 (N, C, H, W)
+        files = getattr(source.load, "filename", None) or ", ".join(file for file, _ in source.load.resources)
+        folder = data_dir / "MNIST" / "raw" if name == "mnist" else data_dir
+        reason = type(error).__name__
+        raise UserError(f"cannot read or download {name} ({reason}): put {files} into an empty {folder}") from error
+    images = torch.as_tensor(dataset.data)  # uint8 (N, 28, 28) or (N, 32, 32, 3)
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     images = transforms.to_dtype(transforms.resize(images, [32, 32]).to(device), torch.float32, scale=True)
-    return transforms.normalize(images, source.mean, source.std, inplace=True), torch.as_tensor(dataset.targets).to(device)
+    images = transforms.normalize(images, source.mean, source.std, inplace=True)
+    return images, torch.as_tensor(dataset.targets, device=device)
 
 
 def random_crop_and_flip(images):
-    """Shift each image (N, C, H, W) by up to 4 pixels over black, mirror every second one: CIFAR's augmentation."""
-    n, _, h, w = images.shape
-    rows, columns = (torch.randint(9, (n, 1), device=images.device) + torch.arange(s, device=images.device) for s in (h, w))
-    mirrored = torch.rand(n, 1, device=images.device) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    batch = torch.arange(n, device=images.device)[:, None, None]
-    return F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-class Memory(nn.Module):
-    """The latest `capacity` images the student saw, with the teacher's logits for them. Not in the paper."""
-
-    def __init__(self, capacity, image_shape, num_classes):
-        super().__init__()
-        self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("images", torch.zeros(capacity, *image_shape, dtype=torch.float16))
-        self.register_buffer("logits", torch.zeros(capacity, num_classes))
-
-    def add(self, images, logits):
-        slots = (self.count + torch.arange(len(images), device=images.device)) % len(self.images)
-        self.images[slots], self.logits[slots] = images.half(), logits
-        self.count += len(images)
-
-    def sample(self, n):
-        picked = torch.randint(min(int(self.count), len(self.images)), (n,), device=self.images.device)
-        return self.images[picked].float(), self.logits[picked]
+    """CIFAR's augmentation: shift each image (N, C, H, W) by up to 4 pixels, mirror every second one."""
+    n, _, height, width = images.shape
+    padded = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    image, row, column = (torch.arange(size, device=images.device) for size in (n, height, width))
+    column = torch.where(torch.rand(n, 1, device=images.device) < 0.5, column, column.flip(0))
+    dy, dx = torch.randint(9, (2, n, 1), device=images.device)
+    return padded[image[:, None, None], (row + dy)[:, :, None], (column + dx)[:, None, :]].permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Algorithm 1 and what it needs around it
+# Beyond the paper: a memory of past images and mixtures of them (--replay), what makes MNIST a matter of minutes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Memory(nn.Module):
+    """The latest `capacity` generated images, of shape (C, H, W), in half precision."""
+
+    def __init__(self, capacity, image_shape):
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("images", torch.zeros(capacity, *image_shape, dtype=torch.float16))
+
+    def add(self, images):
+        slots = (self.count + torch.arange(len(images), device=images.device)) % len(self.images)
+        self.images[slots] = images.half()
+        self.count += len(images)
+
+    def sample(self, n):
+        filled = self.count.clamp(max=len(self.images))
+        return self.images[(torch.rand(n, device=filled.device) * filled).long()].float()
+
+
+def mix(images):
+    """Cut each image (N, C, H, W) along a random line and put a random other one on the far side."""
+    n, _, height, width = images.shape
+    turn, offset = torch.rand(2, n, 1, 1, 1, device=images.device)
+    angle = 2 * math.pi * turn
+    y = torch.linspace(-1, 1, height, device=images.device)[:, None]
+    x = torch.linspace(-1, 1, width, device=images.device)
+    near = x * angle.cos() + y * angle.sin() > offset - 0.5
+    return torch.where(near, images, images[torch.randperm(n, device=images.device)])
+
+
+def restart(generator, optimizer):
+    """Give a collapsed generator fresh weights, and its optimizer a fresh start."""
+    for layer in generator.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    optimizer.state.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -300,18 +323,14 @@ def evaluate(model, images, labels):
     return hits.item() / len(labels)
 
 
-def make_optimizer(model, lr, dataset, steps, drops):
-    """Optimizer and learning-rate schedule of a classifier.
-
-    MNIST: Adam, falling linearly to 0. CIFAR: SGD, divided by ten after each fraction of the steps in `drops`.
-    """
-    if dataset == "mnist":
+def make_optimizer(model, lr, args, steps, drops):
+    """Optimizer and schedule of a classifier: Adam falling linearly to 0 for MNIST; for CIFAR SGD, divided by ten
+    after each of the fractions `drops` of the steps."""
+    if args.dataset == "mnist":
         optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.1 ** sum(step >= drop * steps for drop in drops)
-    )
+    return optimizer, LambdaLR(optimizer, lambda step: 0.1 ** sum(step >= drop * steps for drop in drops))
 
 
 def descend(optimizer, loss):
@@ -328,203 +347,205 @@ def train_teacher(teacher, images, labels, args, saved=None):
     from. Raises UserError when the loss is no longer finite.
     """
     mnist = args.dataset == "mnist"
-    batch_size = 256 if mnist else 128
+    lr, batch_size = (1e-3, 256) if mnist else (0.1, 128)
     steps = args.teacher_epochs * math.ceil(len(images) / batch_size)
-    optimizer, schedule = make_optimizer(teacher, 1e-3 if mnist else 0.1, args.dataset, steps, drops=(0.4, 0.6))
-    checkpoint = Checkpoint("teacher", args, saved, teacher=teacher, optimizer=optimizer, schedule=schedule)
+    optimizer, schedule = make_optimizer(teacher, lr, args, steps, drops=(0.4, 0.6))
+    progress = Progress("teacher", args, saved, teacher=teacher, optimizer=optimizer, schedule=schedule)
     teacher.train()
-    for epoch in range(checkpoint.step + 1, args.teacher_epochs + 1):
+    for epoch in range(progress.step + 1, args.teacher_epochs + 1):
         for picked in torch.randperm(len(images), device=images.device).split(batch_size):
             batch = images[picked] if mnist else random_crop_and_flip(images[picked])
             loss = F.cross_entropy(teacher(batch)[0], labels[picked])
             descend(optimizer, loss)
             schedule.step()
         if not loss.isfinite():
-            raise UserError(f"the teacher's loss is {loss.item()} in epoch {epoch}: its training diverged")
-        print(f"  epoch {epoch}/{args.teacher_epochs}  loss {loss.item():.4f}  {checkpoint.seconds():.0f} s", flush=True)
-        checkpoint.save(epoch)
+            raise UserError(f"the teacher's loss is no longer finite in epoch {epoch}")
+        print(f"  epoch {epoch}/{args.teacher_epochs}  loss {loss.item():.4f}  {progress.seconds():.0f} s", flush=True)
+        progress.save(epoch)
 
 
-def draw_images(args, generator, train_images):
-    """A batch (N, C, 32, 32) to distil on: generated, or as a baseline normal noise or real images (Table 1)."""
-    n, device = args.batch_size, args.device
-    if args.images == "generator":
-        return generator(torch.randn(n, args.latent_dim, device=device))
+def draw_images(n, generator, args, train_images=None):
+    """Images (n, C, 32, 32) to distil on: generated or, as baselines of Table 1, normal noise or real images."""
     if args.images == "noise":
-        return torch.randn(n, len(SOURCES[args.dataset].mean), 32, 32, device=device)
-    return train_images[torch.randint(len(train_images), (n,), device=device)]
+        return torch.randn(n, len(SOURCES[args.dataset].mean), 32, 32, device=args.device)
+    if args.images == "real":
+        return train_images[torch.randint(len(train_images), (n,), device=args.device)]
+    return generator(torch.randn(n, args.latent_dim, device=args.device))
 
 
 def distill(teacher, student, generator, test_set, args, saved=None, train_images=None):
     """Algorithm 1: train the generator against the fixed teacher and the student on its images, both in place.
 
-    test_set is (images, labels), for evaluate alone; train_images only for args.images == "real". `saved` is a
+    The test set (images, labels) only goes to evaluate; train_images are for args.images == "real". `saved` is a
     checkpoint to go on from. Writes log.csv. Raises UserError when a loss is no longer finite.
     """
     teacher.eval().requires_grad_(False)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, fused=True)
-    optimizer_s, schedule = make_optimizer(student, args.lr_s, args.dataset, args.steps, drops=(0.4, 0.8))
-    capacity = min(MEMORY_IMAGES, args.steps * args.batch_size) if args.replay else 0
-    memory = Memory(capacity, test_set[0].shape[1:], SOURCES[args.dataset].num_classes).to(args.device)
-    checkpoint = Checkpoint(
+    optimizer_s, schedule = make_optimizer(student, args.lr_s, args, args.steps, drops=(0.4, 0.8))
+    memory = Memory(min(MEMORY_IMAGES, args.steps * args.batch_size) if args.replay else 0, test_set[0].shape[1:])
+    progress = Progress(
         "student", args, saved, generator=generator, student=student, optimizer_g=optimizer_g, optimizer_s=optimizer_s,
-        schedule=schedule, memory=memory,
+        schedule=schedule, memory=memory.to(args.device),
     )  # fmt: skip
-    report_every = max(1, min(200, args.steps // 20))
-    print("\n    step     L_oh      L_a     L_ie     L_KD  classes  accuracy  images/s      left")
-    for step in range(checkpoint.step + 1, args.steps + 1):
-        images = draw_images(args, generator, train_images)
+    for step in range(progress.step + 1, args.steps + 1):
+        images = draw_images(args.batch_size, generator, args, train_images)
         logits, features = teacher(images)
         l_oh, l_a, l_ie = one_hot_loss(logits), activation_loss(features), information_entropy_loss(logits)
         if args.images == "generator":
             descend(optimizer_g, args.oh * l_oh + args.alpha * l_a + args.beta * l_ie)  # Eq. 6
 
         images, logits = images.detach(), logits.detach()
-        l_kd = kd_loss(student(images)[0], logits)
+        l_kd = kd_loss(student(images)[0], logits, args.temperature)
         descend(optimizer_s, l_kd)
+
         if args.replay:
-            memory.add(images, logits)
-            for _ in range(args.replay):
-                past_images, past_logits = memory.sample(args.batch_size)
-                descend(optimizer_s, kd_loss(student(past_images)[0], past_logits))
+            memory.add(images)
+        for _ in range(args.replay):
+            past = mix(memory.sample(args.batch_size))
+            descend(optimizer_s, kd_loss(student(past)[0], teacher(past)[0], args.temperature))
         schedule.step()
 
-        losses = torch.stack([l_oh, l_a, l_ie, l_kd]).tolist()
+        *losses, spread = torch.stack([l_oh, l_a, l_ie, l_kd, images.std(0).mean()]).tolist()
         if not all(map(math.isfinite, losses)):
-            raise UserError(f"a loss is no longer finite at step {step}: lower --lr-g or --lr-s")
-        if step % report_every == 0 or step == args.steps:
-            checkpoint.report(step, losses, logits.argmax(1).unique().numel(), evaluate(student, *test_set))
-        checkpoint.save(step)
+            raise UserError(f"a loss is no longer finite at step {step}: try a lower --lr-g or --lr-s")
+        if args.images == "generator" and spread < args.collapse:
+            print(f"{step:8,}  all images alike: the generator starts afresh", flush=True)
+            restart(generator, optimizer_g)
+            progress.restarts += 1
+        if step % progress.interval == 0 or step == args.steps:
+            progress.report(step, losses, logits.argmax(1).unique().numel(), evaluate(student, *test_set))
+        progress.save(step)
 
 
 @torch.no_grad()
 def save_pictures(teacher, generator, test_set, args, train_images=None):
-    """Write samples.png (a column of images per class, as the teacher sees them) and class_means.png (Figure 2).
+    """Write samples.png, a column of images for each class as the teacher sees them, and class_means.png, Figure 2.
 
-    Figure 2 compares, class by class, the mean generated image (top) with the mean real test image (bottom).
+    Figure 2: the mean of the images that the teacher takes for each class (top), and of the real test images (bottom).
     """
-    source, per_class = SOURCES[args.dataset], 8
-    batches = math.ceil(200 * source.num_classes / args.batch_size)
-    images = torch.cat([draw_images(args, generator, train_images) for _ in range(batches)])
-    seen_as = torch.cat([teacher(batch)[0].argmax(1) for batch in images.split(1000)])
-    columns = images.new_zeros(source.num_classes, per_class, *images.shape[1:])
-    means = images.new_zeros(2, source.num_classes, *images.shape[1:])
-    for k in range(source.num_classes):
-        of_class = images[seen_as == k][:per_class]
-        columns[k, : len(of_class)] = of_class
-        for row, (x, y) in enumerate([(images, seen_as), test_set]):
-            if (y == k).any():
-                means[row, k] = x[y == k].mean(0)
-    for name, grid in (("samples.png", columns.transpose(0, 1)), ("class_means.png", means)):
-        grid = make_grid(grid.flatten(0, 1), nrow=source.num_classes, normalize=True, scale_each=True, pad_value=0.5)
-        write(args.out_dir / name, lambda path: save_image(grid, path, format="png"))
+    num_classes, per_class = SOURCES[args.dataset].num_classes, 8
+    images = torch.cat([draw_images(500, generator, args, train_images) for _ in range(num_classes // 5)])
+    seen_as = torch.cat([teacher(batch)[0].argmax(1) for batch in images.split(500)])
+    samples = images.new_zeros(per_class, num_classes, *images.shape[1:])
+    means = images.new_zeros(2, num_classes, *images.shape[1:])
+    for k in range(num_classes):
+        of_class = images[seen_as == k]
+        samples[: len(of_class), k] = of_class[:per_class]
+        means[0, k] = of_class.mean(0).nan_to_num()
+        means[1, k] = test_set[0][test_set[1] == k].mean(0)
+    for name, pictures in (("samples.png", samples), ("class_means.png", means)):
+        grid = make_grid(pictures.flatten(0, 1), num_classes, normalize=True, scale_each=True, pad_value=0.5)
+        write_file(args.out_dir / name, lambda path, grid=grid: save_image(grid, path, format="png"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: whole or not at all, tensors and plain numbers only
+# Files: whole or not at all, tensors and plain values only
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write(path, save):
-    """Let save(temporary path) make a file, then rename it to `path`. Raises UserError when that fails."""
+def write_file(path, write):
+    """Let write(temporary path) make a file, then rename it to `path`. Raises UserError if that fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save(temporary)
+        write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error})") from error
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]})") from error
 
 
-def read(path):
-    """The tensors in `path`; no code in it is run. Raises UserError for anything else than a saved dictionary."""
+def read_file(path):
+    """The dictionary of tensors in `path`; code in it is not run. Raises UserError if it is anything else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except Exception as error:
-        raise UserError(f"{path} is no file of tensors, or not a whole one ({type(error).__name__})") from error
+        raise UserError(f"{path} is not a file of tensors, or not a whole one ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
 
 
 def load_weights(model, path):
-    """Load a state dict from `path` into the model. Raises UserError, naming the first difference, if it differs."""
-    state = read(path)
-    found, wanted = (
-        {name: tuple(t.shape) if torch.is_tensor(t) else type(t).__name__ for name, t in weights.items()}
-        for weights in (state, model.state_dict())
-    )
-    for name in [*wanted, *found]:
-        if found.get(name) != wanted.get(name):
-            raise UserError(
-                f"{path} is not of the expected {type(model).__name__}: {name} is {found.get(name, 'missing')} there, "
-                f"and should be {wanted.get(name, 'missing')}"
-            )
+    """Load the state dict in `path` into the model. Raises UserError, naming the first difference, if it is no fit."""
+    state, expected = read_file(path), model.state_dict()
+    for name in [*expected, *state]:
+        there, here = (list(getattr(weights.get(name), "shape", ["nothing"])) for weights in (state, expected))
+        if there != here:
+            raise UserError(f"{path} does not fit this {type(model).__name__}: {name} is {there} there, {here} here")
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{path} has weights that are not finite")
     model.load_state_dict(state)
 
 
-class Checkpoint:
-    """Progress of one training loop, and what a killed run needs to go on with it: the parts' states and the random state.
-
-    Kept in OUT/checkpoint.pt, at most once every CHECKPOINT_SECONDS.
-    """
-
-    def __init__(self, stage, args, saved, **parts):
-        self.stage, self.args, self.parts = stage, args, parts
-        self.path = args.out_dir / "checkpoint.pt"
-        self.random = torch if args.device.type == "cpu" else torch.get_device_module(args.device)
-        self.step, self.rows, seconds = 0, [], 0.0
-        if saved and saved["stage"] == stage:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            self.random.set_rng_state(saved["random"])
-            self.step, self.rows, seconds = saved["step"], saved["rows"], saved["seconds"]
-        self.saved_at = time.monotonic()
-        self.started_at = self.saved_at - seconds
-
-    def seconds(self):
-        return time.monotonic() - self.started_at
-
-    def save(self, step):
-        if time.monotonic() - self.saved_at < CHECKPOINT_SECONDS:
-            return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"stage": self.stage, "settings": settings(self.args), "random": self.random.get_rng_state()}
-        state |= {"step": step, "rows": self.rows, "seconds": self.seconds()}
-        write(self.path, lambda path: torch.save(state, path))
-        self.saved_at = time.monotonic()
-
-    def report(self, step, losses, classes, accuracy):
-        """Print a progress line and rewrite log.csv."""
-        seconds = self.seconds()
-        self.rows.append([step, round(seconds, 1), *(round(loss, 5) for loss in losses), classes, accuracy])
-        lines = ["step,seconds,l_oh,l_a,l_ie,l_kd,classes,accuracy"] + [",".join(map(str, row)) for row in self.rows]
-        write(self.args.out_dir / "log.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
-        speed, left = step * self.args.batch_size / seconds, seconds / step * (self.args.steps - step)
-        print(
-            f"{step:8,}" + "".join(f"{loss:9.3f}" for loss in losses)
-            + f"{classes:9}{accuracy:10.2%}{speed:10,.0f}{left // 60:7.0f}:{left % 60:02.0f}", flush=True,
-        )  # fmt: skip
+def settings(args):
+    """The arguments that shape the result, as plain values."""
+    elsewhere = ("device", "data_dir", "out_dir", "resume")
+    return {name: str(value) for name, value in sorted(vars(args).items()) if name not in elsewhere}
 
 
 def read_checkpoint(args):
     """The checkpoint to resume. Raises UserError if there is none, or one that was made with other settings."""
     path = args.out_dir / "checkpoint.pt"
     if not path.exists():
-        raise UserError(f"nothing to resume: there is no {path}; leave --resume out to start afresh")
-    saved, wanted = read(path), settings(args)
-    made_with = saved.get("settings")
-    if not isinstance(made_with, dict):
-        raise UserError(f"{path} is no checkpoint of this program")
-    for name in sorted(wanted):
-        if made_with.get(name) != wanted[name]:
-            raise UserError(
-                f"{path} was made with {name} {made_with.get(name)}, not {wanted[name]}: "
-                "resume with the same settings, or leave --resume out"
-            )
+        raise UserError(f"nothing to resume: there is no {path}")
+    saved = read_file(path)
+    if not isinstance(saved.get("settings"), dict):
+        raise UserError(f"{path} is not a checkpoint")
+    for name, value in settings(args).items():
+        if saved["settings"].get(name) != value:
+            raise UserError(f"cannot resume: {path} was made with {name} {saved['settings'].get(name)}, not {value}")
     return saved
+
+
+class Progress:
+    """Where a training loop stands: its log, and in OUT/checkpoint.pt what a killed run needs to go on.
+
+    That is the state of each of the `parts` (networks, optimizers, ...) and of the random numbers.
+    """
+
+    def __init__(self, stage, args, saved, **parts):
+        self.stage, self.args, self.parts = stage, args, parts
+        self.random = torch if args.device.type == "cpu" else torch.get_device_module(args.device)
+        self.interval = max(1, min(200, args.steps // 20))
+        self.step, self.restarts, self.rows, seconds = 0, 0, [], 0.0
+        if saved and saved["stage"] == stage:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            self.random.set_rng_state(saved["random"])
+            self.step, self.restarts, self.rows, seconds = (saved[k] for k in ("step", "restarts", "rows", "seconds"))
+            print(f"going on after {'epoch' if stage == 'teacher' else 'step'} {self.step:,}")
+        self.saved_at = time.monotonic()
+        self.started_at = self.saved_at - seconds
+
+    def seconds(self):
+        """Training time so far, earlier sittings included."""
+        return time.monotonic() - self.started_at
+
+    def save(self, step):
+        """Write the checkpoint if the last one is CHECKPOINT_SECONDS old."""
+        if time.monotonic() - self.saved_at < CHECKPOINT_SECONDS:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"stage": self.stage, "settings": settings(self.args), "random": self.random.get_rng_state()}
+        state |= {"step": step, "restarts": self.restarts, "rows": self.rows, "seconds": self.seconds()}
+        write_file(self.args.out_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved_at = time.monotonic()
+
+    def report(self, step, losses, classes, accuracy):
+        """Print a line and write log.csv."""
+        if not self.rows:
+            print("\n    step     L_oh      L_a     L_ie     L_KD  classes  accuracy  images/s      left")
+        seconds = self.seconds()
+        losses = [round(loss, 5) for loss in losses]
+        self.rows.append([step, round(seconds, 1), *losses, classes, self.restarts, accuracy])
+        table = [["step", "seconds", "l_oh", "l_a", "l_ie", "l_kd", "classes", "restarts", "accuracy"], *self.rows]
+        text = "".join(",".join(map(str, row)) + "\n" for row in table)
+        write_file(self.args.out_dir / "log.csv", lambda path: path.write_text(text))
+        minutes, rest = divmod(round(seconds / step * (self.args.steps - step)), 60)
+        columns = "".join(f"{loss:9.3f}" for loss in losses) + f"{classes:9}{accuracy:10.2%}"
+        print(f"{step:8,}{columns}{step * self.args.batch_size / seconds:10,.0f}{minutes:7}:{rest:02}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,143 +553,123 @@ def read_checkpoint(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def settings(args):
-    """The arguments that shape the result, as plain values: a run resumes only under the same ones."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return {name: plain[name] for name in plain.keys() - {"device", "data_dir", "out_dir", "resume"}}
-
-
-def number(kind, least):
-    """A converter for argparse: text to a finite number of this kind, at least `least`."""
-
-    def convert(text):
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {least}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that answers a mistake in one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_args(argv=None):
     """The command line as a namespace: presets filled in, device and precision chosen. Exits with 2 on a mistake."""
-    parser = Parser("dafl.py", description="Data-Free Learning of Student Networks (Chen et al., ICCV 2019).")
+    parser = argparse.ArgumentParser("dafl.py", description="Data-Free Learning of Student Networks (ICCV 2019)")
+    parser.error = lambda message: parser.exit(2, f"dafl.py: error: {message}\n")
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="mnist", help="what the teacher was trained on (default: mnist)")
+    add("--dataset", choices=SOURCES, default="mnist", help="what the teacher knows (default: mnist)")
     add("--images", choices=("generator", "noise", "real"), default="generator",
-        help="what the student is distilled on, the rows of Table 1 (default: generator)")  # fmt: skip
+        help="what the student is distilled on, the rows of Table 1 (default: generator)")
     for name, (kind, least, *values, meaning) in PRESETS.items():
-        defaults = ", ".join(f"{dataset} {value}" for dataset, value in zip(DATASETS, values))
-        add("--" + name.replace("_", "-"), type=number(kind, least), metavar=kind.__name__.upper(),
-            default=argparse.SUPPRESS, help=f"{meaning} (default: {defaults})")  # fmt: skip
+        defaults = ", ".join(f"{dataset} {value}" for dataset, value in zip(SOURCES, values))
+        metavar = "N" if kind is int else "X"
+        add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{meaning} (default: {defaults})")
     add("--teacher", type=Path, metavar="FILE", help="the teacher's state dict (default: OUT/teacher.pt, else trained)")
-    add("--data-dir", type=Path, metavar="DIR", default=Path("data"), help="where the data sets lie (default: data)")
-    add("--out-dir", type=Path, metavar="OUT", help="where results go (default: runs/DATASET)")
-    add("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto, cuda or mps if there)")
+    add("--data-dir", type=Path, metavar="DIR", default=Path("data"), help="folder of the data sets (default: data)")
+    add("--out-dir", type=Path, metavar="OUT", help="folder of the results (default: runs/DATASET)")
+    add("--seed", type=int, metavar="N", default=0, help="seed of everything random (default: 0)")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(default: auto, the first there is)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="of generator and ResNets; LeNets and losses are fp32 (default: auto, bf16 where the hardware has it)")  # fmt: skip
-    add("--resume", action="store_true",
-        help="go on with a killed run from OUT/checkpoint.pt, under the same settings; on the CPU in fp32 the result is "
-        "the same as without the interruption")  # fmt: skip
+        help="of generator and ResNets (default: auto, bf16 if the hardware has fast bf16, else fp32)")
+    add("--resume", action="store_true", help="go on with a killed run of the same settings from OUT/checkpoint.pt, at "
+        "most a minute old; on the CPU in fp32 it ends with the same weights (default: start afresh)")  # fmt: skip
     args = parser.parse_args(argv)
-    column = DATASETS.index(args.dataset)
-    args = argparse.Namespace(**{name: row[2 + column] for name, row in PRESETS.items()} | vars(args))
+    column = list(SOURCES).index(args.dataset)
+    for name, (kind, least, *values, _) in PRESETS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[column])
+        if not least <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be a number of at least {least}, not {getattr(args, name)}")
+    if not -(2**63) <= args.seed < 2**63:
+        parser.error(f"--seed must fit into 64 bits, not {args.seed}")
     args.out_dir = args.out_dir or Path("runs", args.dataset)
-    if not -(2**63) <= args.seed < 2**64:
-        parser.error(f"argument --seed: {args.seed} does not fit into 64 bits")
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
-        args.device = next(name for name in there if there[name])
-    if not there[args.device]:
-        parser.error(f"argument --device: this machine, or this build of PyTorch, has no {args.device}")
-    has_bf16 = {
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": lambda: getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False),
-        "mps": lambda: False,
-    }[args.device]()
+        args.device = next(device for device in there if there[device])
+    elif not there[args.device]:
+        parser.error(f"--device {args.device}: PyTorch finds no such device here")
+    fast_bf16 = {
+        "cuda": there["cuda"] and torch.cuda.is_bf16_supported(including_emulation=False),
+        "mps": False,
+        "cpu": getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False),
+    }[args.device]
     if args.precision == "auto":
-        args.precision = "bf16" if has_bf16 else "fp32"
-    if args.device == "cuda" and args.precision == "bf16" and not has_bf16:
-        parser.error("argument --precision: this GPU has no bf16")
+        args.precision = "bf16" if fast_bf16 else "fp32"
+    elif args.precision == "bf16" and args.device == "cuda" and not fast_bf16:
+        parser.error("--precision bf16: this GPU has none")
     args.device = torch.device(args.device)
     return args
 
 
 def place(model, args):
-    """Put a network on the device, channels last; a generator or ResNet under bf16 autocast if that is the precision."""
+    """Put a network on the device, channels last; with bf16, run it under autocast unless it is a LeNet."""
     model.to(args.device, memory_format=torch.channels_last)
     if args.precision == "bf16" and not isinstance(model, LeNet5):
         model.forward = torch.autocast(args.device.type, torch.bfloat16)(model.forward)
     return model
 
 
-def prepare_output(args):
-    """Make the output folder and see that it can be written. Raises UserError."""
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out_dir).close()
-    except OSError as error:
-        raise UserError(f"cannot write to the folder {args.out_dir} ({error.strerror})") from error
+def describe(role, model, remark=""):
+    """Print a network's kind and size."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{role:10}{type(model).__name__:10}{size:12,} parameters{remark}", flush=True)
 
 
 def run(args):
-    """Check everything, train the teacher if there is none, distil the student, write OUT/; gives both accuracies."""
-    mnist, source = args.dataset == "mnist", SOURCES[args.dataset]
-    prepare_output(args)
+    """Check everything, train the teacher if there is none, distil the student, write OUT/. Gives both accuracies."""
+    out, source, mnist = args.out_dir, SOURCES[args.dataset], args.dataset == "mnist"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error.strerror})") from error
     saved = read_checkpoint(args) if args.resume else None
     torch.manual_seed(args.seed)
     teacher = place(LeNet5() if mnist else resnet34(source.num_classes), args)
-    teacher_file = args.teacher or args.out_dir / "teacher.pt"
-    train_first = not (args.teacher or teacher_file.exists() or saved and saved["stage"] == "student")
-    if not train_first:
+    teacher_file = args.teacher or out / "teacher.pt"
+    untrained = not (args.teacher or teacher_file.exists() or (saved and saved["stage"] == "student"))
+    if not untrained:
         load_weights(teacher, teacher_file)
     test_set = load_dataset(args.dataset, "test", args.data_dir, args.device)
     train_images = None
-    if train_first or args.images == "real":
+    if untrained or args.images == "real":
         train_images, train_labels = load_dataset(args.dataset, "train", args.data_dir, args.device)
-    if not args.resume:
-        (args.out_dir / "checkpoint.pt").unlink(missing_ok=True)
+    if not saved:
+        (out / "checkpoint.pt").unlink(missing_ok=True)
 
     threads = f" ({torch.get_num_threads()} threads)" if args.device.type == "cpu" else ""
-    print(f"DAFL on {args.dataset}, {args.device.type}{threads}, {args.precision}, seed {args.seed}")
-    if train_first:
+    print(f"DAFL on {args.dataset}: {args.device.type}{threads}, {args.precision}, seed {args.seed}")
+    if untrained:
         print(f"training the teacher on {len(train_images):,} real images", flush=True)
         train_teacher(teacher, train_images, train_labels, args, saved)
-        write(teacher_file, lambda path: torch.save(teacher.state_dict(), path))
+        write_file(teacher_file, lambda path: torch.save(teacher.state_dict(), path))
+    if args.images != "real":
+        train_images = None
     teacher_accuracy = evaluate(teacher, *test_set)
+    describe("teacher", teacher, f", {teacher_accuracy:.2%} ({teacher_file})")
+
     torch.manual_seed(args.seed)
     student = place(LeNet5(0.5) if mnist else resnet18(source.num_classes), args)
     generator = place(Generator(args.latent_dim, len(source.mean)), args)
-    for role, model in (("teacher", teacher), ("student", student), ("generator", generator)):
-        print(f"{role:10}{type(model).__name__:10}{sum(p.numel() for p in model.parameters()):11,} parameters", end="")
-        print(f"  {teacher_accuracy:.2%} ({teacher_file})" if model is teacher else "")
-
-    train_images = train_images if args.images == "real" else None
+    describe("student", student)
+    describe("generator", generator)
     distill(teacher, student, generator, test_set, args, saved, train_images)
     student_accuracy = evaluate(student, *test_set)
-    write(args.out_dir / "student.pt", lambda path: torch.save(student.state_dict(), path))
+    write_file(out / "student.pt", lambda path: torch.save(student.state_dict(), path))
     if args.images == "generator":
-        write(args.out_dir / "generator.pt", lambda path: torch.save(generator.state_dict(), path))
+        write_file(out / "generator.pt", lambda path: torch.save(generator.state_dict(), path))
     save_pictures(teacher, generator, test_set, args, train_images)
-    (args.out_dir / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"\nteacher  {teacher_accuracy:.2%} of the {len(test_set[0]):,} test images")
-    print(f"student  {student_accuracy:.2%} of the same, after its last step")
-    print(f"real images the student learnt from: {0 if train_images is None else len(train_images):,}")
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"\nteacher accuracy   {teacher_accuracy:.2%} on {len(test_set[0]):,} test images")
+    print(f"student accuracy   {student_accuracy:.2%}, after its last step")
+    print(f"real images seen   {0 if train_images is None else len(train_images):,} by the student")
     return {"teacher": teacher_accuracy, "student": student_accuracy}
 
 
 def main(argv=None):
-    """Run the command line; a mistake ends with one sentence on stderr and exit code 2, Ctrl-C with 130."""
+    """Run the command line. A mistake ends in one sentence on stderr and exit code 2, Ctrl-C in exit code 130."""
     args = parse_args(argv)
     try:
         return run(args)
@@ -676,7 +677,7 @@ def main(argv=None):
         print(f"dafl.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as interrupt:
-        print("\ndafl.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\ndafl.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from interrupt
 
 
