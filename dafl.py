@@ -38,9 +38,7 @@ CHECKPOINT_SECONDS = 60
 MEMORY_IMAGES = 100_000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 3.1: teacher and student networks. Each gives (logits, features): L_a looks at the features.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Section 3.1: teacher and student networks. Each gives (logits, features): L_a looks at the features. ------------
 
 
 class LeNet5(nn.Module):
@@ -119,9 +117,7 @@ def resnet18(num_classes=10):
     return ResNet((2, 2, 2, 2), num_classes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 3.2: the generator and its three losses
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Section 3.2: the generator and its three losses -----------------------------------------------------------------
 
 
 class UpsampledConv2d(nn.Conv2d):
@@ -133,7 +129,8 @@ class UpsampledConv2d(nn.Conv2d):
 
     def forward(self, x):
         kernel = 4 * F.avg_pool2d(F.pad(self.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1)
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+        kernel = kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
@@ -162,7 +159,7 @@ class Generator(nn.Module):
 
     def forward(self, z):
         x = self.linear(z).unflatten(1, (128, self.start_size, self.start_size))
-        return self.layers(x).float()
+        return self.layers(x.contiguous(memory_format=torch.channels_last)).float()
 
 
 def one_hot_loss(logits):
@@ -194,9 +191,7 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
     return temperature**2 * F.kl_div(q.log_softmax(1), p.softmax(1), reduction="batchmean")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 4: data sets and hyper-parameters
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Section 4: data sets and hyper-parameters -----------------------------------------------------------------------
 
 
 PRESETS = {
@@ -266,9 +261,7 @@ def random_crop_and_flip(images):
     return padded[image[:, None, None], (row + dy)[:, :, None], (column + dx)[:, None, :]].permute(0, 3, 1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Beyond the paper: a memory of past images and mixtures of them (--replay), what makes MNIST a matter of minutes
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Beyond the paper: a memory of past images and mixtures of them (--replay), what makes MNIST a matter of minutes -
 
 
 class Memory(nn.Module):
@@ -308,9 +301,7 @@ def restart(generator, optimizer):
     optimizer.state.clear()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Algorithm 1
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Algorithm 1 -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -438,9 +429,7 @@ def save_pictures(teacher, generator, test_set, args, train_images=None):
         write_file(args.out_dir / name, lambda path, grid=grid: save_image(grid, path, format="png"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: whole or not at all, tensors and plain values only
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Files: whole or not at all, tensors and plain values only -------------------------------------------------------
 
 
 def write_file(path, write):
@@ -548,9 +537,7 @@ class Progress:
         print(f"{step:8,}{columns}{step * self.args.batch_size / seconds:10,.0f}{minutes:7}:{rest:02}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Command line ----------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
@@ -677,7 +664,9 @@ def main(argv=None):
         print(f"dafl.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as interrupt:
-        print("\ndafl.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        there = (args.out_dir / "checkpoint.pt").exists()
+        hint = "add --resume to go on from the last checkpoint" if there else "there is no checkpoint to resume yet"
+        print(f"\ndafl.py: stopped; {hint}", file=sys.stderr)
         raise SystemExit(130) from interrupt
 
 
