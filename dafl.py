@@ -505,6 +505,8 @@ class Progress:
             self.random.set_rng_state(saved["random"])
             self.step, self.restarts, self.rows, seconds = (saved[k] for k in ("step", "restarts", "rows", "seconds"))
             print(f"going on after {'epoch' if stage == 'teacher' else 'step'} {self.step:,}")
+        if stage == "student":
+            print("\n    step     L_oh      L_a     L_ie     L_KD  classes  accuracy  images/s      left", flush=True)
         self.saved_at = time.monotonic()
         self.started_at = self.saved_at - seconds
 
@@ -513,8 +515,11 @@ class Progress:
         return time.monotonic() - self.started_at
 
     def save(self, step):
-        """Write the checkpoint if the last one is CHECKPOINT_SECONDS old."""
+        """Write the checkpoint if the last one is CHECKPOINT_SECONDS old and every weight is finite."""
         if time.monotonic() - self.saved_at < CHECKPOINT_SECONDS:
+            return
+        networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        if not all(tensor.isfinite().all() for network in networks for tensor in network.state_dict().values()):
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"stage": self.stage, "settings": settings(self.args), "random": self.random.get_rng_state()}
@@ -524,8 +529,6 @@ class Progress:
 
     def report(self, step, losses, classes, accuracy):
         """Print a line and write log.csv."""
-        if not self.rows:
-            print("\n    step     L_oh      L_a     L_ie     L_KD  classes  accuracy  images/s      left")
         seconds = self.seconds()
         losses = [round(loss, 5) for loss in losses]
         self.rows.append([step, round(seconds, 1), *losses, classes, self.restarts, accuracy])
@@ -627,7 +630,8 @@ def run(args):
         (out / "checkpoint.pt").unlink(missing_ok=True)
 
     threads = f" ({torch.get_num_threads()} threads)" if args.device.type == "cpu" else ""
-    print(f"DAFL on {args.dataset}: {args.device.type}{threads}, {args.precision}, seed {args.seed}")
+    images = {"generator": "generated images", "noise": "noise", "real": "real training images"}[args.images]
+    print(f"DAFL on {args.dataset} with {images}: {args.device.type}{threads}, {args.precision}, seed {args.seed}")
     if untrained:
         print(f"training the teacher on {len(train_images):,} real images", flush=True)
         train_teacher(teacher, train_images, train_labels, args, saved)

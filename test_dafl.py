@@ -320,10 +320,11 @@ def test_student_run_opens_no_training_image(command, monkeypatch):
         dafl.main([*command, "--images", "real"])
 
 
-@pytest.mark.parametrize("images, seen", [("noise", "0"), ("real", "60,000")])
-def test_baselines_run_without_a_generator(command, tmp_path, capsys, images, seen):
+@pytest.mark.parametrize("images, name, seen", [("noise", "noise", "0"), ("real", "real training images", "60,000")])
+def test_baselines_run_without_a_generator(command, tmp_path, capsys, images, name, seen):
     dafl.main([*command, "--images", images])
-    assert f"real images seen   {seen} by the student" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"DAFL on mnist with {name}:" in printed and f"real images seen   {seen} by the student" in printed
     assert not (tmp_path / "out" / "generator.pt").exists()
     assert (tmp_path / "out" / "student.pt").exists()
 
@@ -366,9 +367,13 @@ def test_a_collapsed_generator_starts_afresh(command, tmp_path, capsys, monkeypa
             return images[:1].expand_as(images) if Collapsing.calls == 2 else images
 
     monkeypatch.setattr(dafl, "Generator", Collapsing)
-    fresh = []
-    restart = dafl.restart
-    monkeypatch.setattr(dafl, "restart", lambda g, o: (restart(g, o), fresh.append((g.linear.weight.clone(), len(o.state)))))
+    fresh, restart = [], dafl.restart
+
+    def watched(generator, optimizer):
+        restart(generator, optimizer)
+        fresh.append((generator.linear.weight.clone(), len(optimizer.state)))
+
+    monkeypatch.setattr(dafl, "restart", watched)
     dafl.main(command)
     assert "       2  all images alike: the generator starts afresh" in capsys.readouterr().out
     assert [row["restarts"] for row in read_log(tmp_path / "out")] == ["0", "1", "1"]
@@ -455,6 +460,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(comman
     assert "step 3" in error and "lower --lr-g" in error
     checkpoint = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 2 and all(t.isfinite().all() for t in checkpoint["student"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(dafl, "CHECKPOINT_SECONDS", 0)
+    args = dafl.parse_args(command)
+    args.out_dir.mkdir()
+    model = torch.nn.Linear(1, 1)
+    progress = dafl.Progress("teacher", args, None, teacher=model)
+    progress.save(1)
+    model.weight.data.fill_(math.nan)
+    progress.save(2)
+    assert torch.load(args.out_dir / "checkpoint.pt", weights_only=True)["step"] == 1
 
 
 # Mistakes: one sentence on stderr, exit code 2, before any training
