@@ -196,16 +196,16 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
 
 PRESETS = {
     # flag: (type, least, mnist, cifar10, cifar100, meaning)
-    "steps": (int, 1, 2_000, 240_000, 240_000, "steps of generator and student"),
+    "steps": (int, 1, 1_000, 240_000, 240_000, "steps of generator and student"),
     "batch_size": (int, 2, 64, 1024, 1024, "images in a batch"),
     "latent_dim": (int, 1, 100, 1000, 1000, "length of the noise z"),
-    "lr_g": (float, 0, 0.2, 0.02, 0.02, "learning rate of the generator (Adam)"),
+    "lr_g": (float, 0, 0.01, 0.02, 0.02, "learning rate of the generator (Adam)"),
     "lr_s": (float, 0, 2e-3, 0.1, 0.1, "learning rate of the student (mnist: Adam, cifar: SGD)"),
     "oh": (float, 0, 1.0, 0.05, 0.5, "weight of the one-hot loss, Eq. 3"),
     "alpha": (float, 0, 0.1, 0.01, 0.1, "weight of the activation loss, Eq. 4"),
     "beta": (float, 0, 5.0, 5.0, 20.0, "weight of the information entropy loss, Eq. 5"),
     "temperature": (float, 0.1, 4.0, 1.0, 1.0, "softens both outputs in the KD loss; 1 is the paper's"),
-    "replay": (int, 0, 8, 0, 0, "more student updates a step, on mixtures of past images; 0 is the paper's loop"),
+    "replay": (int, 0, 16, 0, 0, "more student updates a step, on mixtures of past images; 0 is the paper's loop"),
     "collapse": (float, 0, 0.1, 0.0, 0.0, "restart a generator whose images differ by less than this; 0 never does"),
     "teacher_epochs": (int, 1, 9, 199, 199, "epochs of the teacher, if it is still to be trained"),
 }  # fmt: skip
