@@ -204,7 +204,7 @@ PRESETS = {
     "oh": (float, 0, 1.0, 0.05, 0.5, "weight of the one-hot loss, Eq. 3"),
     "alpha": (float, 0, 0.1, 0.01, 0.1, "weight of the activation loss, Eq. 4"),
     "beta": (float, 0, 5.0, 5.0, 20.0, "weight of the information entropy loss, Eq. 5"),
-    "temperature": (float, 0.1, 4.0, 1.0, 1.0, "softens both outputs in the KD loss; 1 is the paper's"),
+    "temperature": (float, 0.01, 4.0, 1.0, 1.0, "softens both outputs in the KD loss; 1 is the paper's"),
     "replay": (int, 0, 16, 0, 0, "more student updates a step, on mixtures of past images; 0 is the paper's loop"),
     "collapse": (float, 0, 0.1, 0.0, 0.0, "restart a generator whose images differ by less than this; 0 never does"),
     "teacher_epochs": (int, 1, 9, 199, 199, "epochs of the teacher, if it is still to be trained"),
@@ -241,7 +241,7 @@ def load_dataset(name, split, data_dir, device="cpu"):
         dataset = source.load(data_dir, train=split == "train", download=True)
     except Exception as error:
         files = getattr(source.load, "filename", None) or ", ".join(file for file, _ in source.load.resources)
-        folder = data_dir / "MNIST" / "raw" if name == "mnist" else data_dir
+        folder = Path(data_dir, "MNIST", "raw") if name == "mnist" else data_dir
         reason = type(error).__name__
         raise UserError(f"cannot read or download {name} ({reason}): put {files} into an empty {folder}") from error
     images = torch.as_tensor(dataset.data)  # uint8 (N, 28, 28) or (N, 32, 32, 3)
@@ -257,8 +257,9 @@ def random_crop_and_flip(images):
     padded = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
     image, row, column = (torch.arange(size, device=images.device) for size in (n, height, width))
     column = torch.where(torch.rand(n, 1, device=images.device) < 0.5, column, column.flip(0))
-    dy, dx = torch.randint(9, (2, n, 1), device=images.device)
-    return padded[image[:, None, None], (row + dy)[:, :, None], (column + dx)[:, None, :]].permute(0, 3, 1, 2)
+    row = row + torch.randint(9, (n, 1), device=images.device)
+    column = column + torch.randint(9, (n, 1), device=images.device)
+    return padded[image[:, None, None], row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
 
 
 # --- Beyond the paper: a memory of past images and mixtures of them (--replay), what makes MNIST a matter of minutes -
@@ -315,8 +316,10 @@ def evaluate(model, images, labels):
 
 
 def make_optimizer(model, lr, args, steps, drops):
-    """Optimizer and schedule of a classifier: Adam falling linearly to 0 for MNIST; for CIFAR SGD, divided by ten
-    after each of the fractions `drops` of the steps."""
+    """Optimizer of a classifier and schedule of its learning rate, which starts at `lr`.
+
+    MNIST: Adam, falling linearly to 0. CIFAR: SGD, divided by ten after each of the fractions `drops` of the steps.
+    """
     if args.dataset == "mnist":
         optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
         return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -575,11 +578,17 @@ def parse_args(argv=None):
         parser.error(f"--seed must fit into 64 bits, not {args.seed}")
     args.out_dir = args.out_dir or Path("runs", args.dataset)
 
+    choose_device(args, parser.error)
+    return args
+
+
+def choose_device(args, error):
+    """Settle args.device and args.precision by what this machine has; error(message) is for what it has not."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
         args.device = next(device for device in there if there[device])
     elif not there[args.device]:
-        parser.error(f"--device {args.device}: PyTorch finds no such device here")
+        error(f"--device {args.device}: PyTorch finds no such device here")
     fast_bf16 = {
         "cuda": there["cuda"] and torch.cuda.is_bf16_supported(including_emulation=False),
         "mps": False,
@@ -588,9 +597,8 @@ def parse_args(argv=None):
     if args.precision == "auto":
         args.precision = "bf16" if fast_bf16 else "fp32"
     elif args.precision == "bf16" and args.device == "cuda" and not fast_bf16:
-        parser.error("--precision bf16: this GPU has none")
+        error("--precision bf16: this GPU has none")
     args.device = torch.device(args.device)
-    return args
 
 
 def place(model, args):
