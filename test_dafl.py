@@ -21,7 +21,7 @@ import dafl
 
 HERE = Path(__file__).parent
 QUICK = ["--device", "cpu", "--precision", "fp32", "--data-dir", str(HERE / "data")]
-STEPS = ["--steps", "3", "--batch-size", "8"]
+STEPS = ["--steps", "3", "--batch-size", "8", "--replay", "2"]
 
 
 @pytest.fixture(scope="session")
@@ -302,7 +302,7 @@ def test_smoke_run_leaves_all_files(command, tmp_path, capsys):
 
 
 def test_student_learns_digits_from_no_digits(command):
-    steps = ["--steps", "60", "--batch-size", "32"]
+    steps = ["--steps", "60", "--batch-size", "32", "--replay", "8"]
     assert dafl.main([*command, *steps])["student"] > 0.4
 
 
@@ -537,7 +537,7 @@ def test_teacher_file_that_will_not_do(kind, command, teacher_file, tmp_path, no
     if kind == "truncated":
         path.write_bytes(teacher_file.read_bytes()[:1000])
     elif kind == "code":
-        path.write_bytes(pickle.dumps(Malice(victim)))
+        path.write_bytes(pickle.dumps(Malice(victim), protocol=2))
     elif kind != "missing":
         content = {
             "student": dafl.LeNet5(0.5).state_dict(), "classes": weights | {"fc2.weight": torch.zeros(100, 84)},
