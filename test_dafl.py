@@ -258,8 +258,6 @@ def test_cifar_is_wired_from_resnet34_to_resnet18_and_leaves_the_teacher_alone(t
     assert not student.fc.weight.equal(start)
     assert not teacher.training and all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert all(tensor.equal(before[name]) for name, tensor in teacher.state_dict().items())
-    dafl.save_pictures(student, generator, made_up, args)
-    assert Image.open(tmp_path / "samples.png").size == (10 * 34 + 2, 8 * 34 + 2)
 
 
 def test_cifar_teacher_trains_on_augmented_batches(tmp_path):
@@ -384,9 +382,8 @@ def test_a_collapsed_generator_starts_afresh(command, tmp_path, capsys, monkeypa
 # Interruption
 
 
-@pytest.mark.parametrize("images", ["generator", "noise"])
-def test_a_killed_and_resumed_run_ends_with_the_same_weights(command, tmp_path, capsys, images):
-    command = [*command, "--steps", "12", "--images", images]
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(command, tmp_path, capsys):
+    command = [*command, "--steps", "12"]
     dafl.main(command)
     whole = torch.load(tmp_path / "out" / "student.pt", weights_only=True)
     whole_log = read_log(tmp_path / "out")
