@@ -229,6 +229,20 @@ def test_memory_keeps_the_latest_images():
         assert drawn == {1: {1}, 2: {1, 2}, 3: {2, 3}}[value]
 
 
+def test_distort_moves_turns_and_scales_each_image_its_own_way():
+    torch.manual_seed(0)
+    image = torch.zeros(1, 1, 32, 32)
+    image[..., 12:20, 12:20] = 1
+    torch.testing.assert_close(dafl.distort(image, 0.0), image)
+    distorted = dafl.distort(image.expand(400, -1, -1, -1), 0.1)
+    assert distorted.shape == (400, 1, 32, 32) and len(distorted.flatten(1).unique(dim=0)) == 400
+    assert 0 <= distorted.min() and distorted.max() <= 1
+    pixel = torch.linspace(-31 / 32, 31 / 32, 32)
+    mass = distorted.sum((1, 2, 3))
+    x, y = (distorted.sum(axes) @ pixel / mass for axes in ((1, 2), (1, 3)))
+    assert 0.07 < x.std() < 0.15 and 0.07 < y.std() < 0.15 and 0.08 < (mass / 64).std() < 0.25
+
+
 def test_mix_puts_two_images_side_by_side():
     torch.manual_seed(0)
     images = torch.arange(1.0, 65.0).view(64, 1, 1, 1).expand(64, 1, 32, 32)
@@ -269,16 +283,26 @@ def test_cifar_teacher_trains_on_augmented_batches(tmp_path):
     assert not teacher.fc.weight.equal(before)
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_learning_rate_of_cifar_falls_by_ten_twice(dataset):
-    args = dafl.parse_args(["--dataset", dataset])
+def rates_of_ten_steps(args):
+    """The learning rate in each of ten steps that begin with 0.1."""
     optimizer, schedule = dafl.make_optimizer(torch.nn.Linear(1, 1), 0.1, args, 10, drops=(0.4, 0.8))
     rates = []
     for _ in range(10):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert rates == pytest.approx([0.1] * 4 + [0.01] * 4 + [0.001] * 2)
+    return rates
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_learning_rate_of_cifar_falls_by_ten_twice(dataset):
+    args = dafl.parse_args(["--dataset", dataset])
+    assert rates_of_ten_steps(args) == pytest.approx([0.1] * 4 + [0.01] * 4 + [0.001] * 2)
+
+
+def test_learning_rate_of_mnist_falls_to_0_or_is_constant_as_released():
+    assert rates_of_ten_steps(dafl.parse_args([])) == pytest.approx([0.1 - 0.01 * step for step in range(10)])
+    assert rates_of_ten_steps(dafl.parse_args(["--schedule", "paper"])) == [0.1] * 10
 
 
 def test_smoke_run_leaves_all_files(command, tmp_path, capsys):
@@ -494,7 +518,7 @@ def no_training(monkeypatch):
     [
         "--dataset svhn", "--device tpu", "--precision fp8", "--images cats", "--steps 0", "--steps 1.5",
         "--batch-size 1", "--latent-dim 0", "--lr-g -1", "--lr-g nan", "--lr-s inf", "--oh -0.1", "--alpha nan",
-        "--beta -5", "--temperature 0", "--replay -1", "--collapse nan", "--teacher-epochs 0", "--seed x",
+        "--beta -5", "--temperature 0", "--replay -1", "--affine -1", "--schedule cosine", "--collapse nan", "--teacher-epochs 0", "--seed x",
         "--seed 99999999999999999999", "--no-such-flag",
     ],
 )  # fmt: skip
@@ -590,5 +614,5 @@ def test_help_has_a_default_beside_each_option(capsys):
     with pytest.raises(SystemExit):
         dafl.parse_args(["--help"])
     options = capsys.readouterr().out.split("options:")[1].split("\n  -")[2:]
-    assert len(options) == 21
+    assert len(options) == 23
     assert [option for option in options if "default: " not in " ".join(option.split())] == []
