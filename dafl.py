@@ -213,6 +213,7 @@ PRESETS = {
     "alpha": (float, 0, 0.1, 0.01, 0.1, "weight of the activation loss, Eq. 4"),
     "beta": (float, 0, 5.0, 5.0, 20.0, "weight of the information entropy loss, Eq. 5"),
     "temperature": (float, 0.01, 4.0, 1.0, 1.0, "softens both outputs in the KD loss; 1 is the paper's"),
+    "warmup": (float, 0, 0.05, 0.0, 0.0, "share of the steps in which the generator trains alone"),
     "replay": (int, 0, 32, 0, 0, "more student updates a step, on mixtures of past images; 0 is the paper's loop"),
     "affine": (float, 0, 0.15, 0.0, 0.0, "strength of a random affine map of each past image; 0 is none"),
     "collapse": (float, 0, 0.1, 0.0, 0.0, "restart a generator whose images differ by less than this; 0 never does"),
@@ -340,14 +341,14 @@ def make_optimizer(model, lr, args, steps, drops):
     """Optimizer of a classifier and schedule of its learning rate, which starts at `lr`.
 
     MNIST: Adam, constant. CIFAR: SGD, divided by ten after each of the fractions `drops` of the steps. With
-    args.schedule == "linear" the rate falls linearly to 0 instead.
+    args.schedule == "linear" the rate rises over the first 3 % of the steps and then falls linearly to 0 instead.
     """
     if args.dataset == "mnist":
         optimizer, drops = torch.optim.Adam(model.parameters(), lr, fused=True), ()
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     if args.schedule == "linear":
-        return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
+        return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / (0.03 * steps), 1 - step / steps))
     return optimizer, LambdaLR(optimizer, lambda step: 0.1 ** sum(step >= drop * steps for drop in drops))
 
 
@@ -399,7 +400,8 @@ def distill(teacher, student, generator, test_set, args, saved=None, train_image
     """
     teacher.eval().requires_grad_(False)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, fused=True)
-    optimizer_s, schedule = make_optimizer(student, args.lr_s, args, args.steps, drops=(0.4, 0.8))
+    warmup = int(args.warmup * args.steps)
+    optimizer_s, schedule = make_optimizer(student, args.lr_s, args, args.steps - warmup, drops=(0.4, 0.8))
     memory = Memory(min(MEMORY_IMAGES, args.steps * args.batch_size) if args.replay else 0, test_set[0].shape[1:])
     progress = Progress(
         "student", args, saved, generator=generator, student=student, optimizer_g=optimizer_g, optimizer_s=optimizer_s,
@@ -414,14 +416,14 @@ def distill(teacher, student, generator, test_set, args, saved=None, train_image
 
         images, logits = images.detach(), logits.detach()
         l_kd = kd_loss(student(images)[0], logits, args.temperature)
-        descend(optimizer_s, l_kd)
-
-        if args.replay:
-            memory.add(images)
-            past = mix(distort(memory.sample(args.replay * args.batch_size), args.affine))
-            for x, y in zip(past.split(args.batch_size), teacher(past)[0].split(args.batch_size)):
-                descend(optimizer_s, kd_loss(student(x)[0], y, args.temperature))
-        schedule.step()
+        if step > warmup:
+            descend(optimizer_s, l_kd)
+            if args.replay:
+                memory.add(images)
+                past = mix(distort(memory.sample(args.replay * args.batch_size), args.affine))
+                for x, y in zip(past.split(args.batch_size), teacher(past)[0].split(args.batch_size)):
+                    descend(optimizer_s, kd_loss(student(x)[0], y, args.temperature))
+            schedule.step()
 
         *losses, spread = torch.stack([l_oh, l_a, l_ie, l_kd, images.std(0).mean()]).tolist()
         if not all(map(math.isfinite, losses)):
@@ -582,8 +584,8 @@ def parse_args(argv=None):
         defaults = ", ".join(f"{dataset} {value}" for dataset, value in zip(SOURCES, values))
         metavar = "N" if kind is int else "X"
         add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{meaning} (default: {defaults})")
-    add("--schedule", choices=("linear", "paper"), help="learning rates of teacher and student: falling linearly to 0, "
-        "or as released, constant on mnist, in steps on cifar (default: mnist linear, cifar10 paper, cifar100 paper)")
+    add("--schedule", choices=("linear", "paper"), help="learning rates of teacher and student: a short rise and "
+        "a linear fall to 0, or as released, constant on mnist, in steps on cifar (default: mnist linear, cifar10 paper, cifar100 paper)")
     add("--teacher", type=Path, metavar="FILE", help="the teacher's state dict (default: OUT/teacher.pt, else trained)")
     add("--data-dir", type=Path, metavar="DIR", default=Path("data"), help="folder of the data sets (default: data)")
     add("--out-dir", type=Path, metavar="OUT", help="folder of the results (default: runs/DATASET)")
@@ -600,6 +602,8 @@ def parse_args(argv=None):
             setattr(args, name, values[column])
         if not least <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a number of at least {least}, not {getattr(args, name)}")
+    if args.warmup >= 1:
+        parser.error(f"--warmup must be below 1, or the student never trains, not {args.warmup}")
     if not -(2**63) <= args.seed < 2**63:
         parser.error(f"--seed must fit into 64 bits, not {args.seed}")
     args.schedule = args.schedule or ("linear" if args.dataset == "mnist" else "paper")

@@ -283,11 +283,11 @@ def test_cifar_teacher_trains_on_augmented_batches(tmp_path):
     assert not teacher.fc.weight.equal(before)
 
 
-def rates_of_ten_steps(args):
-    """The learning rate in each of ten steps that begin with 0.1."""
-    optimizer, schedule = dafl.make_optimizer(torch.nn.Linear(1, 1), 0.1, args, 10, drops=(0.4, 0.8))
+def rates(args, steps):
+    """The learning rate in each of the steps, where --lr-s is 0.1."""
+    optimizer, schedule = dafl.make_optimizer(torch.nn.Linear(1, 1), 0.1, args, steps, drops=(0.4, 0.8))
     rates = []
-    for _ in range(10):
+    for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
@@ -297,12 +297,14 @@ def rates_of_ten_steps(args):
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_learning_rate_of_cifar_falls_by_ten_twice(dataset):
     args = dafl.parse_args(["--dataset", dataset])
-    assert rates_of_ten_steps(args) == pytest.approx([0.1] * 4 + [0.01] * 4 + [0.001] * 2)
+    assert rates(args, 10) == pytest.approx([0.1] * 4 + [0.01] * 4 + [0.001] * 2)
 
 
-def test_learning_rate_of_mnist_falls_to_0_or_is_constant_as_released():
-    assert rates_of_ten_steps(dafl.parse_args([])) == pytest.approx([0.1 - 0.01 * step for step in range(10)])
-    assert rates_of_ten_steps(dafl.parse_args(["--schedule", "paper"])) == [0.1] * 10
+def test_learning_rate_of_mnist_rises_and_falls_to_0_or_is_constant_as_released():
+    linear = rates(dafl.parse_args([]), 100)
+    assert linear[:2] == pytest.approx([0.1 / 3, 0.2 / 3])
+    assert linear[3:] == pytest.approx([0.1 - 0.001 * step for step in range(3, 100)])
+    assert rates(dafl.parse_args(["--schedule", "paper"]), 10) == [0.1] * 10
 
 
 def test_smoke_run_leaves_all_files(command, tmp_path, capsys):
@@ -377,6 +379,14 @@ def test_paper_loop_takes_one_student_step_on_the_generators_batch(command, monk
     assert calls == [1.0] * 3
     dafl.main([*command, "--replay", "2"])
     assert calls[3:] == [4.0] * 9
+
+
+def test_student_waits_while_the_generator_trains_alone(command, monkeypatch):
+    updates, descend = [], dafl.descend
+    monkeypatch.setattr(dafl, "descend", lambda optimizer, loss: updates.append(optimizer) or descend(optimizer, loss))
+    dafl.main([*command, "--warmup", "0.5"])
+    generator, student = updates[0], updates[-1]
+    assert updates == [generator] + 2 * [generator, student, student, student]
 
 
 def test_a_collapsed_generator_starts_afresh(command, tmp_path, capsys, monkeypatch):
@@ -518,7 +528,7 @@ def no_training(monkeypatch):
     [
         "--dataset svhn", "--device tpu", "--precision fp8", "--images cats", "--steps 0", "--steps 1.5",
         "--batch-size 1", "--latent-dim 0", "--lr-g -1", "--lr-g nan", "--lr-s inf", "--oh -0.1", "--alpha nan",
-        "--beta -5", "--temperature 0", "--replay -1", "--affine -1", "--schedule cosine", "--collapse nan", "--teacher-epochs 0", "--seed x",
+        "--beta -5", "--temperature 0", "--replay -1", "--affine -1", "--warmup -0.1", "--warmup 1", "--schedule cosine", "--collapse nan", "--teacher-epochs 0", "--seed x",
         "--seed 99999999999999999999", "--no-such-flag",
     ],
 )  # fmt: skip
@@ -539,6 +549,22 @@ def test_precision_that_is_not_there(no_training, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert "bf16" in fails(["--device", "cuda", "--precision", "bf16"], capsys)
     assert dafl.parse_args(["--device", "cuda"]).precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    "cpu, precision",
+    [
+        ({"amx_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, "bf16"),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, "bf16"),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, "fp32"),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, "fp32"),
+        ({}, "fp32"),
+    ],
+)
+def test_precision_is_bf16_where_the_cpu_is_fast_in_it(cpu, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    assert dafl.parse_args(["--device", "cpu"]).precision == precision
+    assert dafl.parse_args(["--device", "cpu", "--precision", "fp32"]).precision == "fp32"
 
 
 class Malice:
@@ -614,5 +640,5 @@ def test_help_has_a_default_beside_each_option(capsys):
     with pytest.raises(SystemExit):
         dafl.parse_args(["--help"])
     options = capsys.readouterr().out.split("options:")[1].split("\n  -")[2:]
-    assert len(options) == 23
+    assert len(options) == 24
     assert [option for option in options if "default: " not in " ".join(option.split())] == []
