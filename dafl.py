@@ -559,14 +559,16 @@ class Progress:
     def report(self, step, losses, classes, accuracy):
         """Print a line and write log.csv."""
         seconds = self.seconds()
+        last_step, last_seconds = self.rows[-1][:2] if self.rows else (0, 0.0)
+        pace = (seconds - last_seconds) / (step - last_step)
         losses = [round(loss, 5) for loss in losses]
-        self.rows.append([step, round(seconds, 1), *losses, classes, self.restarts, accuracy])
+        self.rows.append([step, round(seconds, 3), *losses, classes, self.restarts, accuracy])
         table = [["step", "seconds", "l_oh", "l_a", "l_ie", "l_kd", "classes", "restarts", "accuracy"], *self.rows]
         text = "".join(",".join(map(str, row)) + "\n" for row in table)
         write_file(self.args.out_dir / "log.csv", lambda path: path.write_text(text))
-        minutes, rest = divmod(round(seconds / step * (self.args.steps - step)), 60)
+        minutes, rest = divmod(round(pace * (self.args.steps - step)), 60)
         columns = "".join(f"{loss:9.3f}" for loss in losses) + f"{classes:9}{accuracy:10.2%}"
-        print(f"{step:8,}{columns}{step * self.args.batch_size / seconds:10,.0f}{minutes:7}:{rest:02}", flush=True)
+        print(f"{step:8,}{columns}{self.args.batch_size / pace:10,.0f}{minutes:7}:{rest:02}", flush=True)
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -584,8 +586,9 @@ def parse_args(argv=None):
         defaults = ", ".join(f"{dataset} {value}" for dataset, value in zip(SOURCES, values))
         metavar = "N" if kind is int else "X"
         add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{meaning} (default: {defaults})")
-    add("--schedule", choices=("linear", "paper"), help="learning rates of teacher and student: a short rise and "
-        "a linear fall to 0, or as released, constant on mnist, in steps on cifar (default: mnist linear, cifar10 paper, cifar100 paper)")
+    add("--schedule", choices=("linear", "paper"),
+        help="learning rates of teacher and student: a short rise and a linear fall to 0, or as released, constant on "
+        "mnist, falling in steps on cifar (default: mnist linear, cifar10 paper, cifar100 paper)")
     add("--teacher", type=Path, metavar="FILE", help="the teacher's state dict (default: OUT/teacher.pt, else trained)")
     add("--data-dir", type=Path, metavar="DIR", default=Path("data"), help="folder of the data sets (default: data)")
     add("--out-dir", type=Path, metavar="OUT", help="folder of the results (default: runs/DATASET)")

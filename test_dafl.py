@@ -528,8 +528,9 @@ def no_training(monkeypatch):
     [
         "--dataset svhn", "--device tpu", "--precision fp8", "--images cats", "--steps 0", "--steps 1.5",
         "--batch-size 1", "--latent-dim 0", "--lr-g -1", "--lr-g nan", "--lr-s inf", "--oh -0.1", "--alpha nan",
-        "--beta -5", "--temperature 0", "--replay -1", "--affine -1", "--warmup -0.1", "--warmup 1", "--schedule cosine", "--collapse nan", "--teacher-epochs 0", "--seed x",
-        "--seed 99999999999999999999", "--no-such-flag",
+        "--beta -5", "--temperature 0", "--replay -1", "--affine -1", "--warmup -0.1", "--warmup 1",
+        "--schedule cosine", "--collapse nan", "--teacher-epochs 0", "--seed x", "--seed 99999999999999999999",
+        "--no-such-flag",
     ],
 )  # fmt: skip
 def test_wrong_values(flags, no_training, capsys):
