@@ -204,7 +204,7 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
 
 PRESETS = {
     # flag: (type, least, mnist, cifar10, cifar100, meaning)
-    "steps": (int, 1, 1_000, 240_000, 240_000, "steps of generator and student"),
+    "steps": (int, 1, 800, 240_000, 240_000, "steps of generator and student"),
     "batch_size": (int, 2, 64, 1024, 1024, "images in a batch"),
     "latent_dim": (int, 1, 100, 1000, 1000, "length of the noise z"),
     "lr_g": (float, 0, 0.01, 0.02, 0.02, "learning rate of the generator (Adam)"),
@@ -259,6 +259,12 @@ def load_dataset(name, split, data_dir, device="cpu"):
     images = transforms.to_dtype(transforms.resize(images, [32, 32]).to(device), torch.float32, scale=True)
     images = transforms.normalize(images, source.mean, source.std, inplace=True)
     return images, torch.as_tensor(dataset.targets, device=device)
+
+
+def pixel_range(args):
+    """Black and white, 0 and 1 before they are normalised, as tensors (C, 1, 1)."""
+    mean, std = (torch.tensor(values, device=args.device).view(-1, 1, 1) for values in SOURCES[args.dataset][2:])
+    return -mean / std, (1 - mean) / std
 
 
 def random_crop_and_flip(images):
@@ -384,12 +390,16 @@ def train_teacher(teacher, images, labels, args, saved=None):
 
 
 def draw_images(n, generator, args, train_images=None):
-    """Images (n, C, 32, 32) to distil on: generated or, as baselines of Table 1, normal noise or real images."""
+    """Images (n, C, 32, 32) to distil on: generated or, as baselines of Table 1, normal noise or real images.
+
+    With args.clamp no generated pixel is darker than black or brighter than white.
+    """
     if args.images == "noise":
         return torch.randn(n, len(SOURCES[args.dataset].mean), 32, 32, device=args.device)
     if args.images == "real":
         return train_images[torch.randint(len(train_images), (n,), device=args.device)]
-    return generator(torch.randn(n, args.latent_dim, device=args.device))
+    images = generator(torch.randn(n, args.latent_dim, device=args.device))
+    return images.clamp(*pixel_range(args)) if args.clamp else images
 
 
 def distill(teacher, student, generator, test_set, args, saved=None, train_images=None):
@@ -586,6 +596,8 @@ def parse_args(argv=None):
         defaults = ", ".join(f"{dataset} {value}" for dataset, value in zip(SOURCES, values))
         metavar = "N" if kind is int else "X"
         add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{meaning} (default: {defaults})")
+    add("--clamp", action=argparse.BooleanOptionalAction,
+        help="cut generated pixels to the range from black to white (default: mnist yes, cifar10 no, cifar100 no)")
     add("--schedule", choices=("linear", "paper"),
         help="learning rates of teacher and student: a short rise and a linear fall to 0, or as released, constant on "
         "mnist, falling in steps on cifar (default: mnist linear, cifar10 paper, cifar100 paper)")
@@ -609,6 +621,7 @@ def parse_args(argv=None):
         parser.error(f"--warmup must be below 1, or the student never trains, not {args.warmup}")
     if not -(2**63) <= args.seed < 2**63:
         parser.error(f"--seed must fit into 64 bits, not {args.seed}")
+    args.clamp = args.dataset == "mnist" if args.clamp is None else args.clamp
     args.schedule = args.schedule or ("linear" if args.dataset == "mnist" else "paper")
     args.out_dir = args.out_dir or Path("runs", args.dataset)
 

@@ -381,6 +381,24 @@ def test_paper_loop_takes_one_student_step_on_the_generators_batch(command, monk
     assert calls[3:] == [4.0] * 9
 
 
+def test_generated_pixels_are_between_black_and_white(tmp_path):
+    def extremes(*flags):
+        args = dafl.parse_args(["--device", "cpu", *flags])
+        torch.manual_seed(0)
+        generator = dafl.Generator(args.latent_dim, len(dafl.SOURCES[args.dataset].mean))
+        images = dafl.draw_images(8, generator, args)
+        return images.amin((0, 2, 3)).tolist(), images.amax((0, 2, 3)).tolist()
+
+    mnist, _ = dafl.load_dataset("mnist", "test", HERE / "data")
+    black, white = dafl.pixel_range(dafl.parse_args(["--device", "cpu"]))
+    assert (black.item(), white.item()) == pytest.approx((mnist.min().item(), mnist.max().item()), abs=1e-3)
+    assert extremes()[0] == [black.item()] and extremes()[1][0] <= white.item()
+    assert extremes("--no-clamp")[0][0] < 2 * black.item()
+    black, white = dafl.pixel_range(dafl.parse_args(["--device", "cpu", "--dataset", "cifar10"]))
+    assert black.flatten().tolist() == pytest.approx([-0.4914 / 0.2023, -0.4822 / 0.1994, -0.4465 / 0.2010])
+    assert white.flatten().tolist() == pytest.approx([0.5086 / 0.2023, 0.5178 / 0.1994, 0.5535 / 0.2010])
+
+
 def test_student_waits_while_the_generator_trains_alone(command, monkeypatch):
     updates, descend = [], dafl.descend
     monkeypatch.setattr(dafl, "descend", lambda optimizer, loss: updates.append(optimizer) or descend(optimizer, loss))
@@ -641,5 +659,5 @@ def test_help_has_a_default_beside_each_option(capsys):
     with pytest.raises(SystemExit):
         dafl.parse_args(["--help"])
     options = capsys.readouterr().out.split("options:")[1].split("\n  -")[2:]
-    assert len(options) == 24
+    assert len(options) == 25
     assert [option for option in options if "default: " not in " ".join(option.split())] == []
