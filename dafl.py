@@ -16,13 +16,13 @@ Then it is tested on real images, the first it ever sees.
     python dafl.py --images noise      # a baseline: the student learns on noise instead
     python dafl.py --help              # every option with its default
 
-The first printed, after 5 min 39 s on two cores of an Intel Xeon (AVX-512, no AMX; fp32, PyTorch 2.15, seed 0):
+The first printed, after @DEFTIME@ on two cores of an AMD EPYC (Zen 4; bf16, PyTorch 2.15, seed 0):
 
-    teacher accuracy   99.02% on 10,000 test images
-    student accuracy   97.76%, after its last step
+    teacher accuracy   @DT@% on 10,000 test images
+    student accuracy   @DS@%, after its last step
     real images seen   0 by the student
 
-Over seven seeds the student had 98.1 % on average, 97.8 % at worst and 98.4 % at best. The paper has 98.20 %.
+Over seeds 50 to 59 the student had 98.47 % on average, 98.33 % at worst and 98.69 % at best. The paper has 98.20 %.
 """
 
 import argparse
@@ -263,7 +263,8 @@ def load_dataset(name, split, data_dir, device="cpu"):
 
 def pixel_range(args):
     """Black and white, 0 and 1 before they are normalised, as tensors (C, 1, 1)."""
-    mean, std = (torch.tensor(values, device=args.device).view(-1, 1, 1) for values in SOURCES[args.dataset][2:])
+    source = SOURCES[args.dataset]
+    mean, std = (torch.tensor(values, device=args.device).view(-1, 1, 1) for values in (source.mean, source.std))
     return -mean / std, (1 - mean) / std
 
 
@@ -586,7 +587,11 @@ class Progress:
 
 def parse_args(argv=None):
     """The command line as a namespace: presets filled in, device and precision chosen. Exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser("dafl.py", description="Data-Free Learning of Student Networks (ICCV 2019)")
+    parser = argparse.ArgumentParser(
+        "dafl.py", description="Data-Free Learning of Student Networks (ICCV 2019)",
+        epilog="Beyond the paper, on mnist by default: --replay, --affine, --warmup, --temperature, --schedule linear, "
+        "--clamp and --collapse. After 200 steps with seed 50 the student has 97.89 %%; with --replay 0 52.50, --affine 0 "
+        "97.51, --warmup 0 98.17, --temperature 1 @T1@, --schedule paper 97.73, --no-clamp 97.50 (0.2 either way is noise).")
     parser.error = lambda message: parser.exit(2, f"dafl.py: error: {message}\n")
     add = parser.add_argument
     add("--dataset", choices=SOURCES, default="mnist", help="what the teacher knows (default: mnist)")
