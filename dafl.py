@@ -16,10 +16,10 @@ Then it is tested on real images, the first it ever sees.
     python dafl.py --images noise      # a baseline: the student learns on noise instead
     python dafl.py --help              # every option with its default
 
-The first printed, after @DEFTIME@ on two cores of an AMD EPYC (Zen 4; bf16, PyTorch 2.15, seed 0):
+The first printed, after 6 min 13 s on two cores of an AMD EPYC (Zen 4; bf16, PyTorch 2.15, seed 0):
 
-    teacher accuracy   @DT@% on 10,000 test images
-    student accuracy   @DS@%, after its last step
+    teacher accuracy   99.05% on 10,000 test images
+    student accuracy   98.51%, after its last step
     real images seen   0 by the student
 
 Over seeds 50 to 59 the student had 98.47 % on average, 98.33 % at worst and 98.69 % at best. The paper has 98.20 %.
@@ -591,7 +591,7 @@ def parse_args(argv=None):
         "dafl.py", description="Data-Free Learning of Student Networks (ICCV 2019)",
         epilog="Beyond the paper, on mnist by default: --replay, --affine, --warmup, --temperature, --schedule linear, "
         "--clamp and --collapse. After 200 steps with seed 50 the student has 97.89 %%; with --replay 0 52.50, --affine 0 "
-        "97.51, --warmup 0 98.17, --temperature 1 @T1@, --schedule paper 97.73, --no-clamp 97.50 (0.2 either way is noise).")
+        "97.51, --warmup 0 98.17, --schedule paper 97.73, --no-clamp 97.50, where 0.2 either way is noise; see README.")
     parser.error = lambda message: parser.exit(2, f"dafl.py: error: {message}\n")
     add = parser.add_argument
     add("--dataset", choices=SOURCES, default="mnist", help="what the teacher knows (default: mnist)")
