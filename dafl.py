@@ -590,8 +590,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         "dafl.py", description="Data-Free Learning of Student Networks (ICCV 2019)",
         epilog="Beyond the paper, on mnist by default: --replay, --affine, --warmup, --temperature, --schedule linear, "
-        "--clamp and --collapse. After 200 steps with seed 50 the student has 97.89 %%; with --replay 0 52.50, --affine 0 "
-        "97.51, --warmup 0 98.17, --schedule paper 97.73, --no-clamp 97.50, where 0.2 either way is noise; see README.")
+        "--clamp and --collapse. After 200 steps with seed 50 the student has 97.89 % by default, 52.50 with --replay "
+        "0, 97.51 with --affine 0, 98.17 with --warmup 0, 97.73 with --schedule paper and 97.50 with --no-clamp; 0.2 "
+        "either way is noise.",
+    )
     parser.error = lambda message: parser.exit(2, f"dafl.py: error: {message}\n")
     add = parser.add_argument
     add("--dataset", choices=SOURCES, default="mnist", help="what the teacher knows (default: mnist)")
