@@ -345,7 +345,7 @@ def evaluate(model, images, labels):
 
 
 def make_optimizer(model, lr, args, steps, drops):
-    """Optimizer of a classifier and schedule of its learning rate, which starts at `lr`.
+    """Optimizer of a classifier and schedule of its learning rate, at most `lr`.
 
     MNIST: Adam, constant. CIFAR: SGD, divided by ten after each of the fractions `drops` of the steps. With
     args.schedule == "linear" the rate rises over the first 3 % of the steps and then falls linearly to 0 instead.
@@ -405,6 +405,9 @@ def draw_images(n, generator, args, train_images=None):
 
 def distill(teacher, student, generator, test_set, args, saved=None, train_images=None):
     """Algorithm 1: train the generator against the fixed teacher and the student on its images, both in place.
+
+    For the share args.warmup of the steps the generator trains alone, as its first images are noise. From then on the
+    student learns from each new batch and, beyond the paper, args.replay times from mixtures of past ones.
 
     The test set (images, labels) only goes to evaluate; train_images are for args.images == "real". `saved` is a
     checkpoint to go on from. Writes log.csv. Raises UserError when a loss is no longer finite.
