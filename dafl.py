@@ -19,6 +19,7 @@ Then it is tested on real images, the first it ever sees.
 
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -36,7 +37,6 @@ from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid, save_image
 
 CHECKPOINT_SECONDS = 60
-MEMORY_IMAGES = 50_000
 LOG_COLUMNS = ["stage", "step", "seconds", "loss", "l_oh", "l_a", "l_ie", "l_kd", "accuracy"]
 
 
@@ -238,22 +238,22 @@ def mix(images):
 
 
 class Memory(nn.Module):
-    """The latest `capacity` images, of shape (C, H, W), in half precision, and how a step of `distill` replays them."""
+    """The latest `capacity` images, of shape (C, H, W), in half precision, for `updates` more of the student a step."""
 
-    def __init__(self, capacity=25_600, image_shape=(1, 32, 32), batches=8, batch_size=256, augment=mix):
+    def __init__(self, updates=32, capacity=25_600, image_shape=(1, 32, 32), augment=mix):
         super().__init__()
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("images", torch.zeros(capacity, *image_shape, dtype=torch.float16))
-        self.batches, self.batch_size, self.augment = batches, batch_size, augment
+        self.updates, self.augment = updates, augment
 
     def replay(self, images):
-        """Keep these images (N, C, H, W); gives augmented past ones, `batches` tensors (batch_size, C, H, W)."""
+        """Keep these images (N, C, H, W); gives augmented past ones in `updates` batches of the same size."""
         slots = (self.count + torch.arange(len(images), device=images.device)) % len(self.images)
         self.images[slots] = images.half()
         self.count += len(images)
         filled = self.count.clamp(max=len(self.images))
-        picked = (torch.rand(self.batches * self.batch_size, device=images.device) * filled).long()
-        return self.augment(self.images[picked].float()).split(self.batch_size)
+        picked = (torch.rand(self.updates * len(images), device=images.device) * filled).long()
+        return self.augment(self.images[picked].float()).split(len(images))
 
 
 # === The experiments of Section 4: from here on there are data sets, files and flags =================================
@@ -265,22 +265,24 @@ DATASETS = {  # torchvision's class, number of classes, mean and deviation of th
     "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
-# What a recipe sets. _t is the teacher's, _s the student's. A learning rate falls linearly to 0 where drops is None, and
-# else is divided by ten after these fractions of the steps. "released" is the authors' code.
-MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, width=1.0, teacher_epochs=9, lr_t=1e-3, batch_size_t=256)
-CIFAR = dict(oh=0.05, alpha=0.01, beta=5.0, lr_s=0.1, batch_size_t=128)
+# What a recipe sets; "released" is the authors' code. _t is the teacher's, _s the student's. A learning rate falls
+# linearly to 0 where drops is None, and else is divided by ten after each of these fractions of the steps.
+UNCUT = (-math.inf, math.inf)
+MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, lr_s=2e-3, width=1.0, teacher_epochs=9, lr_t=1e-3,
+    batch_size_t=256)  # fmt: skip
+CIFAR = dict(oh=0.05, alpha=0.01, beta=5.0, lr_s=0.1, pixel_range=UNCUT, batch_size_t=128)
 RECIPES = {
     "mnist": {
-        "fast": dict(MNIST, steps=400, batch_size=64, lr_g=0.01, lr_s=4e-3, replay=8, batch_size_s=256, temperature=1.0,
-            drops_t=None, drops_s=None),
-        "released": dict(MNIST, steps=24_000, batch_size=512, lr_g=0.2, lr_s=2e-3, replay=0, batch_size_s=512,
-            temperature=1.0, drops_t=(), drops_s=()),
+        "fast": MNIST | dict(steps=400, batch_size=64, lr_g=0.01, temperature=4.0, replay=32,
+            pixel_range=(-0.4242, 2.8215), drops_t=None, drops_s=None),
+        "released": MNIST | dict(steps=24_000, batch_size=512, lr_g=0.2, temperature=1.0, replay=0, pixel_range=UNCUT,
+            drops_t=(), drops_s=()),
     },
     "cifar10": {
-        "fast": dict(CIFAR, steps=600, batch_size=128, latent_dim=256, lr_g=1e-3, replay=4, batch_size_s=128,
-            temperature=4.0, width=0.25, teacher_epochs=14, lr_t=0.2, drops_t=None, drops_s=None),
-        "released": dict(CIFAR, steps=240_000, batch_size=1024, latent_dim=1000, lr_g=0.02, replay=0, batch_size_s=1024,
-            temperature=1.0, width=1.0, teacher_epochs=199, lr_t=0.1, drops_t=(79 / 199, 119 / 199), drops_s=(0.4, 0.8)),
+        "fast": CIFAR | dict(steps=600, batch_size=128, latent_dim=256, lr_g=1e-3, temperature=4.0, replay=4, width=0.25,
+            teacher_epochs=14, lr_t=0.2, drops_t=None, drops_s=None),
+        "released": CIFAR | dict(steps=240_000, batch_size=1024, latent_dim=1000, lr_g=0.02, temperature=1.0, replay=0,
+            width=1.0, teacher_epochs=199, lr_t=0.1, drops_t=(79 / 199, 119 / 199), drops_s=(0.4, 0.8)),
     },
 }  # fmt: skip
 RECIPES["cifar100"] = {name: recipe | dict(oh=0.5, alpha=0.1, beta=20.0) for name, recipe in RECIPES["cifar10"].items()}
@@ -356,9 +358,9 @@ def train_teacher(teacher, images, labels, optimizer, *, epochs, batch_size=256,
         yield (loss.detach(),)
 
 
-def distill_on(draw, teacher, student, optimizer, *, batch_sizes, temperature=1.0):
+def distill_on(draw, teacher, student, optimizer, *, updates, batch_size, temperature=1.0):
     """Table 1 without a generator: an iterator over the student's losses on images draw(n), (n, C, H, W)."""
-    for batch_size in batch_sizes:
+    for _ in range(updates):
         images = draw(batch_size)
         l_kd = kd_loss(student(images)[0], teacher(images)[0], temperature)
         descend(optimizer, l_kd)
@@ -414,11 +416,11 @@ def accelerate(network, device, precision):
 
 
 def write_file(path, write):
-    """Let write(file) fill a binary file, then give it its name. Raises OSError if that fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Let write(buffer) say what a file is to hold; give it its name once it is whole. Raises OSError if it fails."""
+    buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+    write(buffer)
     try:
-        with open(temporary, "wb") as file:
-            write(file)
+        temporary.write_bytes(buffer.getvalue())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -470,9 +472,9 @@ def train(stage, begin, names, steps, parts, out, test_set, saved, settings):
             raise UserError(f"weights are not finite at step {step:,} of the {stage}: try lower learning rates")
         if report:
             losses, accuracy = torch.stack(losses).tolist(), evaluate(parts[stage], *test_set)
-            row = dict(zip(names, losses), stage=stage, step=step, seconds=round(now - started_at, 2), accuracy=accuracy)
+            row = dict(stage=stage, step=step, seconds=round(now - started_at, 2), accuracy=accuracy)
             with open(out / "log.csv", "a", newline="") as file:
-                csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+                csv.DictWriter(file, LOG_COLUMNS).writerow(row | dict(zip(names, losses)))
             minutes, rest = divmod(round((now - began_at) / (step - done) * (steps - step)), 60)
             columns = "".join(f"{loss:9.3f}" for loss in losses)
             print(f"{step:8,}{columns}{accuracy:10.2%}{minutes:5}:{rest:02}", flush=True)
@@ -557,15 +559,16 @@ def parse_args(argv=None):
     add("--teacher", "state dict of a teacher, so that none is trained", type=Path, metavar="FILE")
     add("--out-dir", "new folder for the results; None is runs/ and the flags", type=Path, metavar="OUT")
     add("--seed", "seed of everything random", type=number(int, 0), default=0, metavar="N")
-    there = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     add("--device", "where to compute", choices=there, default=there[0])
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run of the same flags")
     parser.set_defaults(**RECIPES[chosen.dataset][chosen.recipe])
     args = parser.parse_args(argv)
     if not args.out_dir:
-        plain = vars(parser.parse_args(["--dataset", args.dataset]))
-        changed = [name for name in plain if name not in ("teacher", "resume") and plain[name] != getattr(args, name)]
-        args.out_dir = Path("runs", "-".join([args.dataset, *(f"{name}-{getattr(args, name)}" for name in changed)]))
+        plain = vars(parser.parse_args(["--dataset", args.dataset, "--recipe", args.recipe]))
+        named = [args.dataset, args.recipe] if args.recipe != "fast" else [args.dataset]
+        named += [f"{k}-{v}" for k, v in vars(args).items() if v != plain[k] and k not in ("teacher", "resume")]
+        args.out_dir = Path("runs", "-".join(named))
     args.precision = "bf16" if args.recipe == "fast" and has_fast_bf16(args.device) else "fp32"
     return args
 
@@ -573,7 +576,7 @@ def parse_args(argv=None):
 def run(args):
     """Check everything, train the teacher if need be, distil the student, write OUT. Gives both accuracies."""
     out, device, mnist = args.out_dir, torch.device(args.device), args.dataset == "mnist"
-    _, num_classes, mean, _ = DATASETS[args.dataset]
+    num_classes = DATASETS[args.dataset][1]
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out_dir", "resume")}
     if not args.resume and any(out.glob("*")):
         raise UserError(f"{out} is not empty: add --resume to go on with the run in it, or choose another --out-dir")
@@ -593,7 +596,8 @@ def run(args):
     if not saved:
         (out / "settings.json").write_text(json.dumps(settings, indent=1))
         (out / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n")
-    print(f"DAFL on {args.dataset}: {args.recipe} recipe, {args.images} images, seed {args.seed}, {device}, {args.precision}")
+    how = f"{args.recipe} recipe, seed {args.seed}, {device}, {torch.get_num_threads()} threads, {args.precision}"
+    print(f"DAFL on {args.dataset}, student's images: {args.images}. {how}")
 
     stage = partial(train, out=out, test_set=test_set, saved=saved, settings=settings)
     fast_teacher = accelerate(teacher, device, args.precision)
@@ -612,11 +616,7 @@ def run(args):
 
     torch.manual_seed(args.seed)
     student = LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width)
-    draw = {
-        "noise": lambda n: torch.randn(n, len(mean), 32, 32, device=device),
-        "real": lambda n: train_set[0][torch.randint(len(train_set[0]), (n,), device=device)],
-    }.get(args.images)
-    draw = run_student(args, fast_teacher, student, draw, stage)
+    draw = run_student(args, fast_teacher, student, train_set, test_set[0].shape[1:], stage)
     write_file(out / "student.pt", partial(torch.save, student.state_dict()))
     save_pictures(out, draw, fast_teacher, num_classes, *test_set)
     (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -626,29 +626,33 @@ def run(args):
     return accuracies
 
 
-def run_student(args, teacher, student, draw, stage):
-    """Distil the student on images from draw(n) or, if that is None, from a generator's; gives their draw(n)."""
-    device, channels = torch.device(args.device), len(DATASETS[args.dataset][2])
+def run_student(args, teacher, student, train_set, image_shape, stage):
+    """Distil the student on what --images says; gives draw(n), the function that such images (n, C, H, W) come from."""
+    device = torch.device(args.device)
+    steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)
     fast_student = accelerate(student, device, args.precision)
-    optimizer, schedule = make_optimizer(student, args.lr_s, args.steps, args.drops_s)
+    optimizer, schedule = make_optimizer(student, args.lr_s, steps, args.drops_s)
     parts = dict(student=student, optimizer=optimizer, schedule=schedule)
-    if draw:
-        sizes = args.steps * ([args.batch_size] + args.replay * [args.batch_size_s])
-        stage("student", lambda done: distill_on(draw, teacher, fast_student, optimizer, batch_sizes=sizes[done:],
-            temperature=args.temperature), ["l_kd"], len(sizes), parts)  # fmt: skip
+    if args.images != "generator":
+        draw = {
+            "noise": lambda n: torch.randn(n, *image_shape, device=device),
+            "real": lambda n: train_set[0][torch.randint(len(train_set[0]), (n,), device=device)],
+        }[args.images]
+        stage("student", lambda done: distill_on(draw, teacher, fast_student, optimizer, updates=steps - done,
+            batch_size=args.batch_size, temperature=args.temperature), ["l_kd"], steps, parts)  # fmt: skip
         return draw
-    generator, memory = Generator(args.latent_dim, channels), None
+    generator = Generator(args.latent_dim, image_shape[0], pixel_range=args.pixel_range)
     fast_generator = accelerate(generator, device, args.precision)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)
     parts |= dict(generator=generator, optimizer_g=optimizer_g)
+    memory = None
     if args.replay:
-        capacity = min(args.steps * args.batch_size, MEMORY_IMAGES)
-        augment = mix if args.dataset == "mnist" else crop_and_flip
-        memory = Memory(capacity, (channels, 32, 32), args.replay, args.batch_size_s, augment).to(device)
+        augment = mix if args.dataset == "mnist" else lambda images: mix(crop_and_flip(images))
+        memory = Memory(args.replay, min(steps * args.batch_size, 50_000), image_shape, augment).to(device)
         parts["memory"] = memory
-    stage("student", lambda done: distill(teacher, fast_student, fast_generator, steps=args.steps - done,
+    stage("student", lambda done: distill(teacher, fast_student, fast_generator, steps=steps - done,
         batch_size=args.batch_size, optimizer_g=optimizer_g, optimizer_s=optimizer, oh=args.oh, alpha=args.alpha,
-        beta=args.beta, temperature=args.temperature, memory=memory), ["l_oh", "l_a", "l_ie", "l_kd"], args.steps,
+        beta=args.beta, temperature=args.temperature, memory=memory), ["l_oh", "l_a", "l_ie", "l_kd"], steps,
         parts)  # fmt: skip
     write_file(args.out_dir / "generator.pt", partial(torch.save, generator.state_dict()))
     return lambda n: fast_generator(torch.randn(n, args.latent_dim, device=device))
