@@ -36,11 +36,8 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid, save_image
 
-CHECKPOINT_SECONDS = 60
-LOG_COLUMNS = ["stage", "step", "seconds", "loss", "l_oh", "l_a", "l_ie", "l_kd", "accuracy"]
 
-
-# === The method: copy from here ======================================================================================
+# === The method: down to the next double line, it needs math and torch, torch.nn and torch.nn.functional alone ========
 
 # --- Section 3.1: teacher and student. Each gives (logits, features): L_a looks at the features. ---------------------
 
@@ -126,11 +123,11 @@ def resnet18(num_classes=10, width=1.0):
 
 
 class Generator(nn.Module):
-    """G, as released: noise z (N, latent_dim) to images (N, channels, image_size, image_size).
+    """G, as released: noise z (N, latent_dim) to images (N, channels, image_size, image_size), a size of 4 times n.
 
     The last BatchNorm has no parameters: over a batch each channel has mean 0 and variance 1, as normalised data have.
-    The inner ones have the released code's eps of 0.8, which keeps channels that hardly vary from being blown up.
-    Beyond the paper, pixels can be cut to a `pixel_range`, that from black to white.
+    Two others have an eps of 0.8, as in the released code. Beyond the paper, pixels can then be cut to a `pixel_range`,
+    black to white: the losses do not care which sign a stroke has, so that now and then one draws black on white.
     """
 
     def __init__(self, latent_dim=100, channels=1, image_size=32, pixel_range=(-math.inf, math.inf)):
@@ -163,14 +160,18 @@ def one_hot_loss(logits):
 
 
 def activation_loss(features):
-    """L_a, Eq. 5: minus the mean absolute feature (N, D) of the teacher; low when its filters answer strongly."""
+    """L_a, Eq. 5: minus the mean absolute feature (N, D) of the teacher; low when its filters answer strongly.
+
+    The mean is over N and D, as in the released code, to whose scale alpha belongs; Eq. 5 sums over D.
+    """
     return -features.abs().mean()
 
 
 def information_entropy_loss(logits):
-    """L_ie, Eq. 6: minus the entropy, in decimal digits, of the mean prediction; lowest when classes are even.
+    """L_ie, Eq. 6: minus the entropy of the mean prediction; lowest when a batch covers all classes evenly.
 
-    Logits (N, K) to sum p log10 p, from -log10 K to 0, with p the mean of the softmax over the batch.
+    Logits (N, K) to sum p log10 p, from -log10 K to 0, with p the mean softmax and 0 log 0 = 0. The decimal logarithm
+    is the released code's, to whose scale beta belongs.
     """
     p = logits.softmax(1).mean(0)
     return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log10()).sum()
@@ -180,10 +181,11 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
     """L_KD, Eq. 1: Kullback-Leibler divergence of the student's softmax from the teacher's, in nats, batch mean.
 
     Both logits (N, K). Eq. 1's cross-entropy less the teacher's entropy: the same gradient, and 0 when both agree.
-    Eq. 1 has temperature 1; a higher one shows how the teacher ranks the classes it rules out (Hinton et al., 2015).
+    Eq. 1 has temperature 1. A higher one, times its square, shows how the teacher ranks the classes it rules out
+    (Hinton et al., 2015).
     """
-    q, p = student_logits / temperature, teacher_logits / temperature
-    return temperature**2 * F.kl_div(q.log_softmax(1), p.softmax(1), reduction="batchmean")
+    log_q, p = (student_logits / temperature).log_softmax(1), (teacher_logits / temperature).softmax(1)
+    return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
 
 # --- Algorithm 1 -----------------------------------------------------------------------------------------------------
@@ -197,14 +199,17 @@ def descend(optimizer, loss):
 
 
 def distill(teacher, student, generator, *, steps, batch_size=64, optimizer_g=None, optimizer_s=None,
-            oh=1.0, alpha=0.1, beta=5.0, temperature=1.0, memory=None):  # fmt: skip
-    """Algorithm 1, an iterator: each turn trains the generator against the fixed teacher, and the student, by a step.
+            oh=1.0, alpha=0.1, beta=5.0, temperature=4.0, memory=None):  # fmt: skip
+    """Algorithm 1 as an iterator: each turn is one step, in place, of the generator and of the student.
 
-    All three are trained or, the teacher, frozen in place. Teacher and student give (logits, features); the generator
-    has a latent_dim. Optimizers default to Adam, at rates of 0.01 (generator) and 0.002 (student). Yields the step's
-    (l_oh, l_a, l_ie, l_kd), detached. A Memory, beyond the paper, adds student updates on past images.
+    Teacher and student are modules that give (logits, features); the teacher is frozen. The generator has a latent_dim.
+    Optimizers default to Adam at rates of 0.01 (generator) and 0.002 (student), and a schedule can be stepped between
+    turns. oh (1 in the paper), alpha and beta weigh the generator's losses. Yields (l_oh, l_a, l_ie, l_kd), detached.
+    A Memory, beyond the paper, adds student updates on past images.
     """
     teacher.eval().requires_grad_(False)
+    student.train()
+    generator.train()
     optimizer_g = optimizer_g or torch.optim.Adam(generator.parameters(), lr=0.01)
     optimizer_s = optimizer_s or torch.optim.Adam(student.parameters(), lr=0.002)
     device = next(generator.parameters()).device
@@ -215,20 +220,30 @@ def distill(teacher, student, generator, *, steps, batch_size=64, optimizer_g=No
         l_oh, l_a, l_ie = one_hot_loss(logits), activation_loss(features), information_entropy_loss(logits)
         descend(optimizer_g, oh * l_oh + alpha * l_a + beta * l_ie)  # L_Total, Eq. 7
 
-        images, logits = images.detach(), logits.detach()
+        images, logits = images.detach(), logits.detach()  # as released; the paper draws a second batch
         l_kd = kd_loss(student(images)[0], logits, temperature)
         descend(optimizer_s, l_kd)
-        for past in memory.replay(images) if memory is not None else ():
-            descend(optimizer_s, kd_loss(student(past)[0], teacher(past)[0], temperature))
+        if memory is not None:
+            for past in memory.replay(images):
+                descend(optimizer_s, kd_loss(student(past)[0], teacher(past)[0], temperature))
         yield tuple(loss.detach() for loss in (l_oh, l_a, l_ie, l_kd))
 
 
 # --- Beyond the paper: past images, distorted, feed many more student updates than the generator alone can ----------
 
 
-def mix(images):
-    """Cut each image (N, C, H, W) along a random line and put a random other one on the far side."""
+def distort(images, strength=0.15):
+    """Move, turn, scale and shear each square image (N, C, H, W), cut it along a line, put another behind it.
+
+    The affine map is the identity plus Gaussian noise of deviation `strength` on its six numbers, where 1 is half an
+    image. What comes into view repeats the border.
+    """
     n, _, height, width = images.shape
+    maps = torch.eye(2, 3, device=images.device) + strength * torch.randn(n, 2, 3, device=images.device)
+    grid = F.affine_grid(maps, images.shape, align_corners=False)
+    border = 1 - 1 / width
+    images = F.grid_sample(images, grid.clamp(-border, border), align_corners=False)
+
     turn, offset = torch.rand(2, n, 1, 1, 1, device=images.device)
     angle = 2 * math.pi * turn
     y = torch.linspace(-1, 1, height, device=images.device)[:, None]
@@ -238,16 +253,19 @@ def mix(images):
 
 
 class Memory(nn.Module):
-    """The latest `capacity` images, of shape (C, H, W), in half precision, for `updates` more of the student a step."""
+    """The latest `capacity` images, of shape (C, H, W), for `updates` more of the student a step.
 
-    def __init__(self, updates=32, capacity=25_600, image_shape=(1, 32, 32), augment=mix):
+    A module, so that it moves to a device and into a checkpoint as one; the images are kept in half precision.
+    """
+
+    def __init__(self, updates=24, capacity=25_600, image_shape=(1, 32, 32), augment=distort):
         super().__init__()
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("images", torch.zeros(capacity, *image_shape, dtype=torch.float16))
         self.updates, self.augment = updates, augment
 
     def replay(self, images):
-        """Keep these images (N, C, H, W); gives augmented past ones in `updates` batches of the same size."""
+        """Keep these images (N, C, H, W); gives `updates` batches as large, drawn from all that are kept."""
         slots = (self.count + torch.arange(len(images), device=images.device)) % len(self.images)
         self.images[slots] = images.half()
         self.count += len(images)
@@ -258,6 +276,8 @@ class Memory(nn.Module):
 
 # === The experiments of Section 4: from here on there are data sets, files and flags =================================
 
+CHECKPOINT_SECONDS = 60
+LOG_COLUMNS = ["stage", "step", "seconds", "loss", "l_oh", "l_a", "l_ie", "l_kd", "accuracy"]
 
 DATASETS = {  # torchvision's class, number of classes, mean and deviation of the pixels on a scale of 0 to 1
     "mnist": (datasets.MNIST, 10, (0.1307,), (0.3081,)),
@@ -265,15 +285,15 @@ DATASETS = {  # torchvision's class, number of classes, mean and deviation of th
     "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
-# What a recipe sets; "released" is the authors' code. _t is the teacher's, _s the student's. A learning rate falls
-# linearly to 0 where drops is None, and else is divided by ten after each of these fractions of the steps.
+# What a recipe sets; "released" is the authors' code. _t is the teacher's, _s the student's; their learning rates fall
+# linearly to 0 where drops is None, and else are divided by ten after each of these fractions of the steps.
 UNCUT = (-math.inf, math.inf)
-MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, lr_s=2e-3, width=1.0, teacher_epochs=9, lr_t=1e-3,
-    batch_size_t=256)  # fmt: skip
-CIFAR = dict(oh=0.05, alpha=0.01, beta=5.0, lr_s=0.1, pixel_range=UNCUT, batch_size_t=128)
+MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, lr_s=2e-3, distortion=0.15, width=1.0, teacher_epochs=9,
+    lr_t=1e-3, batch_size_t=256)  # fmt: skip
+CIFAR = dict(oh=0.05, alpha=0.01, beta=5.0, lr_s=0.1, distortion=0.05, batch_size_t=128, pixel_range=UNCUT)
 RECIPES = {
     "mnist": {
-        "fast": MNIST | dict(steps=400, batch_size=64, lr_g=0.01, temperature=4.0, replay=32,
+        "fast": MNIST | dict(steps=400, batch_size=64, lr_g=0.01, temperature=4.0, replay=24,
             pixel_range=(-0.4242, 2.8215), drops_t=None, drops_s=None),
         "released": MNIST | dict(steps=24_000, batch_size=512, lr_g=0.2, temperature=1.0, replay=0, pixel_range=UNCUT,
             drops_t=(), drops_s=()),
@@ -309,7 +329,7 @@ def load_dataset(name, split, data_dir=Path(__file__).parent / "data", device="c
 
 
 def crop_and_flip(images):
-    """CIFAR's augmentation: shift each image (N, C, H, W) by up to 4 pixels, mirror every second one."""
+    """CIFAR's augmentation: shift each image (N, C, H, W) by up to 4 pixels, mirror each with probability 1/2."""
     n, _, height, width = images.shape
     padded = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
     image, row, column = (torch.arange(size, device=images.device) for size in (n, height, width))
@@ -420,7 +440,7 @@ def write_file(path, write):
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     write(buffer)
     try:
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(buffer.getbuffer())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -446,7 +466,7 @@ def is_finite(network):
 
 
 def train(stage, begin, names, steps, parts, out, test_set, saved, settings):
-    """Run a training loop to its end; prints and logs losses and accuracy at every twentieth of its steps.
+    """Run a training loop to its end; prints and logs losses and accuracy some twenty times.
 
     begin(done) gives the iterator over the losses that goes on after `done` steps. The checkpoint, never much more than
     a minute old, has the state of the parts, the stage's network and its schedule among them, and the random state.
@@ -554,7 +574,7 @@ def parse_args(argv=None):
     add("--alpha", "weight of the activation loss, Eq. 5", type=number(float, 0), metavar="X")
     add("--beta", "weight of the information entropy loss, Eq. 6", type=number(float, 0), metavar="X")
     add("--replay", "student updates a step on past images; 0 is the paper's loop", type=number(int, 0), metavar="N")
-    add("--width", "channels of teacher and student, as a share of the paper's", type=number(float, 0.1), metavar="X")
+    add("--width", "channels of teacher and student, as a share of the paper's", type=number(float, 0.2), metavar="X")
     add("--teacher-epochs", "epochs of the teacher's training", type=number(int, 1), metavar="N")
     add("--teacher", "state dict of a teacher, so that none is trained", type=Path, metavar="FILE")
     add("--out-dir", "new folder for the results; None is runs/ and the flags", type=Path, metavar="OUT")
@@ -567,8 +587,8 @@ def parse_args(argv=None):
     if not args.out_dir:
         plain = vars(parser.parse_args(["--dataset", args.dataset, "--recipe", args.recipe]))
         named = [args.dataset, args.recipe] if args.recipe != "fast" else [args.dataset]
-        named += [f"{k}-{v}" for k, v in vars(args).items() if v != plain[k] and k not in ("teacher", "resume")]
-        args.out_dir = Path("runs", "-".join(named))
+        named += [f"{name}-{value}" for name, value in vars(args).items() if value != plain[name] and name != "resume"]
+        args.out_dir = Path("runs", "-".join(named).replace(os.sep, "-"))
     args.precision = "bf16" if args.recipe == "fast" and has_fast_bf16(args.device) else "fp32"
     return args
 
@@ -582,8 +602,8 @@ def run(args):
         raise UserError(f"{out} is not empty: add --resume to go on with the run in it, or choose another --out-dir")
     saved = read_file(out / "checkpoint.pt") if args.resume else {}
     for name, value in settings.items() if saved else ():
-        if saved["settings"][name] != value:
-            raise UserError(f"cannot resume: the run in {out} has {name} {saved['settings'][name]}, not {value}")
+        if saved["settings"].get(name) != value:
+            raise UserError(f"cannot resume: the run in {out} has {name} {saved['settings'].get(name)}, not {value}")
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
     teacher_file = args.teacher or out / "teacher.pt"
@@ -647,7 +667,7 @@ def run_student(args, teacher, student, train_set, image_shape, stage):
     parts |= dict(generator=generator, optimizer_g=optimizer_g)
     memory = None
     if args.replay:
-        augment = mix if args.dataset == "mnist" else lambda images: mix(crop_and_flip(images))
+        augment = partial(distort, strength=args.distortion)
         memory = Memory(args.replay, min(steps * args.batch_size, 50_000), image_shape, augment).to(device)
         parts["memory"] = memory
     stage("student", lambda done: distill(teacher, fast_student, fast_generator, steps=steps - done,

@@ -237,12 +237,25 @@ def test_memory_keeps_the_latest_images():
         assert set(torch.cat(batches).unique().tolist()) == kept
 
 
-def test_mix_puts_two_images_side_by_side():
+def test_distort_puts_a_part_of_another_image_beside_each():
     torch.manual_seed(0)
     images = torch.arange(1.0, 65.0).view(64, 1, 1, 1).expand(64, 1, 32, 32)
-    kinds = [set(image.unique().tolist()) for image in dafl.mix(images)]
+    kinds = [set(image.round(decimals=3).unique().tolist()) for image in dafl.distort(images)]
     assert all(1 <= len(kind) <= 2 for kind in kinds) and sum(len(kind) == 2 for kind in kinds) > 32
     assert all(i + 1.0 in kind for i, kind in enumerate(kinds))
+
+
+def test_distort_moves_and_scales_each_image_its_own_way():
+    torch.manual_seed(0)
+    image = torch.zeros(1, 1, 32, 32)
+    image[..., 12:20, 12:20] = 1
+    halves = dafl.distort(image.expand(400, -1, -1, -1), strength=0.1)
+    assert halves.shape == (400, 1, 32, 32) and 0 <= halves.min() and halves.max() <= 1.001
+    mass = halves.sum((1, 2, 3))
+    x = halves.sum((1, 2)) @ torch.linspace(-31 / 32, 31 / 32, 32) / mass
+    assert 0.07 < x.std() < 0.2 and 0.08 < (mass / 64).std() < 0.4
+    still = dafl.distort(image.expand(400, -1, -1, -1), strength=0.0)
+    torch.testing.assert_close(still, image.expand(400, -1, -1, -1), atol=1e-4, rtol=0)
 
 
 # Data and training
