@@ -299,8 +299,8 @@ RECIPES = {
             drops_t=(), drops_s=()),
     },
     "cifar10": {
-        "fast": CIFAR | dict(steps=600, batch_size=128, latent_dim=256, lr_g=1e-3, temperature=4.0, replay=4, width=0.25,
-            teacher_epochs=14, lr_t=0.2, drops_t=None, drops_s=None),
+        "fast": CIFAR | dict(steps=600, batch_size=128, latent_dim=256, lr_g=1e-3, temperature=4.0, replay=4,
+            width=0.25, teacher_epochs=14, lr_t=0.2, drops_t=None, drops_s=None),
         "released": CIFAR | dict(steps=240_000, batch_size=1024, latent_dim=1000, lr_g=0.02, temperature=1.0, replay=0,
             width=1.0, teacher_epochs=199, lr_t=0.1, drops_t=(79 / 199, 119 / 199), drops_s=(0.4, 0.8)),
     },
@@ -380,6 +380,7 @@ def train_teacher(teacher, images, labels, optimizer, *, epochs, batch_size=256,
 
 def distill_on(draw, teacher, student, optimizer, *, updates, batch_size, temperature=1.0):
     """Table 1 without a generator: an iterator over the student's losses on images draw(n), (n, C, H, W)."""
+    teacher.eval().requires_grad_(False)
     for _ in range(updates):
         images = draw(batch_size)
         l_kd = kd_loss(student(images)[0], teacher(images)[0], temperature)
@@ -530,12 +531,12 @@ def save_pictures(out, draw, teacher, num_classes, test_images, test_labels):
 
 
 def number(kind, least):
-    """An argparse type: a finite int or float of at least `least`."""
+    """An argparse type: an int or float from `least` on, below 2**62, which every seed has to be."""
 
     def parse(text):
         value = kind(text)
         if not least <= value < 2**62:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {least}")
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2**62, not {text}")
         return value
 
     parse.__name__ = kind.__name__
@@ -552,20 +553,19 @@ def has_fast_bf16(device):
 
 def parse_args(argv=None):
     """The command line as a namespace, with what the recipe sets filled in. Exits with 2 on a mistake."""
-    common = dict(prog="dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
-    choice = argparse.ArgumentParser(**common, add_help=False)
-    choice.add_argument("--dataset", choices=DATASETS, default="mnist", help="what the teacher knows (default: mnist)")
-    choice.add_argument("--recipe", choices=("fast", "released"), default="fast",
-        help="where the other defaults come from: fast, or the authors' released code (default: fast)")  # fmt: skip
-    chosen, _ = choice.parse_known_args(argv)
-    parser = argparse.ArgumentParser(**common, parents=[choice], description="Data-Free Learning of Student Networks "
-        f"(ICCV 2019). The defaults shown are those of {chosen.dataset}, {chosen.recipe}.")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False, add_help=False,
+        description="Data-Free Learning of Student Networks (ICCV 2019). Defaults are those of the data set and recipe",
+    )  # fmt: skip
 
     def add(flag, meaning, **options):
         parser.add_argument(flag, help=f"{meaning} (default: %(default)s)", **options)
 
-    add("--images", "what the student is distilled on, as in Table 1", choices=("generator", "noise", "real"),
-        default="generator")  # fmt: skip
+    add("--dataset", "what the teacher knows", choices=DATASETS, default="mnist")
+    add("--recipe", "whence the defaults: fast, or the authors' code", choices=("fast", "released"), default="fast")
+    chosen, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**RECIPES[chosen.dataset][chosen.recipe])
+    add("--images", "what the student sees (Table 1)", choices=("generator", "noise", "real"), default="generator")
     add("--steps", "steps of Algorithm 1", type=number(int, 1), metavar="N")
     add("--batch-size", "images that the generator draws in a step", type=number(int, 2), metavar="N")
     add("--lr-g", "learning rate of the generator", type=number(float, 0), metavar="X")
@@ -582,7 +582,7 @@ def parse_args(argv=None):
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     add("--device", "where to compute", choices=there, default=there[0])
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run of the same flags")
-    parser.set_defaults(**RECIPES[chosen.dataset][chosen.recipe])
+    parser.add_argument("--help", action="help", help="show this and stop")
     args = parser.parse_args(argv)
     if not args.out_dir:
         plain = vars(parser.parse_args(["--dataset", args.dataset, "--recipe", args.recipe]))
@@ -616,8 +616,8 @@ def run(args):
     if not saved:
         (out / "settings.json").write_text(json.dumps(settings, indent=1))
         (out / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n")
-    how = f"{args.recipe} recipe, seed {args.seed}, {device}, {torch.get_num_threads()} threads, {args.precision}"
-    print(f"DAFL on {args.dataset}, student's images: {args.images}. {how}")
+    where = f"{device}, {torch.get_num_threads()} threads, {args.precision}"
+    print(f"DAFL on {args.dataset} with images from: {args.images} ({args.recipe} recipe, seed {args.seed}; {where})")
 
     stage = partial(train, out=out, test_set=test_set, saved=saved, settings=settings)
     fast_teacher = accelerate(teacher, device, args.precision)
@@ -628,11 +628,13 @@ def run(args):
             batch_size=args.batch_size_t, augment=None if mnist else crop_and_flip, start=done), ["loss"], steps,
             dict(teacher=teacher, optimizer=optimizer, schedule=schedule))  # fmt: skip
         write_file(teacher_file, partial(torch.save, teacher.state_dict()))
-    fast_teacher.eval().requires_grad_(False)
+    if args.images != "real":
+        train_set = ()
     accuracies = {"teacher": evaluate(teacher, *test_set)}
     record = teacher_file.with_name("settings.json")
-    made = f", made with {' '.join(record.read_text().split())}" if args.teacher and record.exists() else ""
-    print(f"\nteacher accuracy   {accuracies['teacher']:.2%} ({teacher_file}{made})", flush=True)
+    made = json.loads(record.read_text()) if record.exists() else {}
+    how = ", ".join(f"{name} {made.get(name, 'unknown')}" for name in ("recipe", "width", "teacher_epochs", "seed"))
+    print(f"\nteacher accuracy   {accuracies['teacher']:.2%} ({teacher_file}: {how})", flush=True)
 
     torch.manual_seed(args.seed)
     student = LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width)
@@ -687,7 +689,9 @@ def main(argv=None):
         print(f"dafl.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as interrupt:
-        print("\ndafl.py: stopped; repeat the command with --resume to go on", file=sys.stderr)
+        there = (args.out_dir / "checkpoint.pt").exists()
+        hint = "repeat the command with --resume to go on" if there else "nothing had been trained"
+        print(f"\ndafl.py: stopped; {hint}", file=sys.stderr)
         raise SystemExit(130) from interrupt
 
 
