@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import LinearLR, MultiStepLR
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid, save_image
@@ -285,18 +285,19 @@ DATASETS = {  # torchvision's class, number of classes, mean and deviation of th
     "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
-# What a recipe sets; "released" is the authors' code. _t is the teacher's, _s the student's; their learning rates fall
-# linearly to 0 where drops is None, and else are divided by ten after each of these fractions of the steps.
+# What a recipe sets; "released" is the authors' code. _t is the teacher's, _s the student's; their learning rates rise
+# for a fifth of the steps and then fall to 0 where drops is None, and are divided by ten after these fractions of
+# the steps elsewhere.
 UNCUT = (-math.inf, math.inf)
-MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, lr_s=2e-3, distortion=0.15, width=1.0, teacher_epochs=9,
-    lr_t=1e-3, batch_size_t=256)  # fmt: skip
+MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, distortion=0.15, width=1.0, teacher_epochs=9, lr_t=1e-3,
+    batch_size_t=256)  # fmt: skip
 CIFAR = dict(oh=0.05, alpha=0.01, beta=5.0, lr_s=0.1, distortion=0.05, batch_size_t=128, pixel_range=UNCUT)
 RECIPES = {
     "mnist": {
-        "fast": MNIST | dict(steps=400, batch_size=64, lr_g=0.01, temperature=4.0, replay=24,
+        "fast": MNIST | dict(steps=400, batch_size=64, lr_g=0.01, lr_s=3e-3, temperature=4.0, replay=24,
             pixel_range=(-0.4242, 2.8215), drops_t=None, drops_s=None),
-        "released": MNIST | dict(steps=24_000, batch_size=512, lr_g=0.2, temperature=1.0, replay=0, pixel_range=UNCUT,
-            drops_t=(), drops_s=()),
+        "released": MNIST | dict(steps=24_000, batch_size=512, lr_g=0.2, lr_s=2e-3, temperature=1.0, replay=0,
+            pixel_range=UNCUT, drops_t=(), drops_s=()),
     },
     "cifar10": {
         "fast": CIFAR | dict(steps=600, batch_size=128, latent_dim=256, lr_g=1e-3, temperature=4.0, replay=4,
@@ -356,7 +357,7 @@ def make_optimizer(network, lr, steps, drops):
     else:
         optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     if drops is None:
-        return optimizer, LinearLR(optimizer, 1.0, 0.0, steps)
+        return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / (0.2 * steps), 1 - step / steps))
     return optimizer, MultiStepLR(optimizer, [round(drop * steps) for drop in drops])
 
 
@@ -467,7 +468,7 @@ def is_finite(network):
 
 
 def train(stage, begin, names, steps, parts, out, test_set, saved, settings):
-    """Run a training loop to its end; prints and logs losses and accuracy some twenty times.
+    """Run a training loop to its end; prints and logs losses and accuracy ten times, or every 200 steps.
 
     begin(done) gives the iterator over the losses that goes on after `done` steps. The checkpoint, never much more than
     a minute old, has the state of the parts, the stage's network and its schedule among them, and the random state.
@@ -475,6 +476,7 @@ def train(stage, begin, names, steps, parts, out, test_set, saved, settings):
     device = test_set[0].device
     random = torch if device.type == "cpu" else torch.get_device_module(device)
     networks = [part for part in parts.values() if isinstance(part, nn.Module)]
+    interval = max(1, min(200, steps // 10))
     done = seconds = 0
     if saved.get("stage") == stage:
         for name, part in parts.items():
@@ -488,7 +490,7 @@ def train(stage, begin, names, steps, parts, out, test_set, saved, settings):
     for step, losses in enumerate(begin(done), done + 1):
         parts["schedule"].step()
         now = time.monotonic()
-        report, save = step % max(1, steps // 20) == 0 or step == steps, now - saved_at >= CHECKPOINT_SECONDS
+        report, save = step % interval == 0 or step == steps, now - saved_at >= CHECKPOINT_SECONDS
         if (report or save) and not all(map(is_finite, networks)):
             raise UserError(f"weights are not finite at step {step:,} of the {stage}: try lower learning rates")
         if report:
