@@ -285,9 +285,8 @@ DATASETS = {  # torchvision's class, number of classes, mean and deviation of th
     "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
-# What a recipe sets; "released" is the authors' code. _t is the teacher's, _s the student's; their learning rates rise
-# for a fifth of the steps and then fall to 0 where drops is None, and are divided by ten after these fractions of
-# the steps elsewhere.
+# What a recipe sets; "released" is the authors' code. _t is the teacher's, _s the student's. Where drops is None, the
+# learning rate rises for a sixth of the steps and then falls to 0; else it falls to a tenth after these shares of them.
 UNCUT = (-math.inf, math.inf)
 MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, distortion=0.15, width=1.0, teacher_epochs=9, lr_t=1e-3,
     batch_size_t=256)  # fmt: skip
