@@ -608,7 +608,8 @@ def run(args):
     num_classes = DATASETS[args.dataset][1]
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out_dir", "resume")}
     if not args.resume and any(out.glob("*")):
-        raise UserError(f"{out} is not empty: add --resume to go on with the run in it, or choose another --out-dir")
+        hint = "add --resume to go on with the run in it, or " if (out / "checkpoint.pt").exists() else ""
+        raise UserError(f"{out} is not empty: {hint}choose another --out-dir")
     saved = read_file(out / "checkpoint.pt") if args.resume else {}
     for name, value in settings.items() if saved else ():
         if saved["settings"].get(name) != value:
