@@ -611,9 +611,10 @@ def run(args):
         hint = "add --resume to go on with the run in it, or " if (out / "checkpoint.pt").exists() else ""
         raise UserError(f"{out} is not empty: {hint}choose another --out-dir")
     saved = read_file(out / "checkpoint.pt") if args.resume else {}
-    for name, value in settings.items() if saved else ():
-        if saved["settings"].get(name) != value:
-            raise UserError(f"cannot resume: the run in {out} has {name} {saved['settings'].get(name)}, not {value}")
+    begun = saved.get("settings", {})
+    for name, value in settings.items():
+        if args.resume and begun.get(name) != value:
+            raise UserError(f"cannot resume: {out / 'checkpoint.pt'} has {name} {begun.get(name)}, not {value}")
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
     teacher_file = args.teacher or out / "teacher.pt"

@@ -492,6 +492,8 @@ def test_a_checkpoint_of_another_device_is_refused_in_a_sentence(command, out, c
     settings = {name: str(value) for name, value in vars(dafl.parse_args(command)).items()}
     torch.save({"settings": settings | {"device": "cuda"}, "stage": "student"}, out / "checkpoint.pt")
     assert "device cuda" in fails([*command, "--resume"], capsys)
+    torch.save({"weights": torch.zeros(1)}, out / "checkpoint.pt")
+    assert "checkpoint.pt" in fails([*command, "--resume"], capsys)
     (out / "checkpoint.pt").write_bytes(b"half")
     assert "checkpoint.pt" in fails([*command, "--resume"], capsys)
 
