@@ -298,7 +298,7 @@ DATASETS = {  # torchvision's class, number of classes, mean and deviation of th
 UNCUT = (-math.inf, math.inf)
 MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, distortion=0.15, width=1.0, teacher_epochs=9, lr_t=1e-3,
     batch_size_t=256)  # fmt: skip
-CIFAR = dict(oh=0.05, alpha=0.01, beta=5.0, lr_s=0.1, distortion=0.05, batch_size_t=128, pixel_range=UNCUT)
+CIFAR = dict(oh=0.05, alpha=0.01, beta=5.0, lr_s=0.1, distortion=0.05, lr_t=0.1, batch_size_t=128, pixel_range=UNCUT)
 RECIPES = {
     "mnist": {
         "fast": MNIST | dict(steps=400, batch_size=64, lr_g=0.01, lr_s=3e-3, temperature=4.0, replay=24,
@@ -308,9 +308,9 @@ RECIPES = {
     },
     "cifar10": {
         "fast": CIFAR | dict(steps=600, batch_size=128, latent_dim=256, lr_g=1e-3, temperature=4.0, replay=4,
-            width=0.25, teacher_epochs=14, lr_t=0.2, drops_t=None, drops_s=None),
+            width=0.25, teacher_epochs=30, drops_t=None, drops_s=None),
         "released": CIFAR | dict(steps=240_000, batch_size=1024, latent_dim=1000, lr_g=0.02, temperature=1.0, replay=0,
-            width=1.0, teacher_epochs=199, lr_t=0.1, drops_t=(79 / 199, 119 / 199), drops_s=(0.4, 0.8)),
+            width=1.0, teacher_epochs=199, drops_t=(79 / 199, 119 / 199), drops_s=(0.4, 0.8)),
     },
 }  # fmt: skip
 RECIPES["cifar100"] = {name: recipe | dict(oh=0.5, alpha=0.1, beta=20.0) for name, recipe in RECIPES["cifar10"].items()}
@@ -339,12 +339,10 @@ def load_dataset(name, split, data_dir=Path(__file__).parent / "data", device="c
 def crop_and_flip(images):
     """CIFAR's augmentation: shift each image (N, C, H, W) by up to 4 pixels, mirror each with probability 1/2."""
     n, _, height, width = images.shape
-    padded = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
-    image, row, column = (torch.arange(size, device=images.device) for size in (n, height, width))
-    column = torch.where(torch.rand(n, 1, device=images.device) < 0.5, column, column.flip(0))
-    row = row + torch.randint(9, (n, 1), device=images.device)
-    column = column + torch.randint(9, (n, 1), device=images.device)
-    return padded[image[:, None, None], row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+    shifted = F.pad(images, (4, 4, 4, 4)).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 9, 9, H, W)
+    row, column = torch.randint(9, (2, n), device=images.device)
+    images = shifted[torch.arange(n, device=images.device), :, row, column]
+    return torch.where(torch.rand(n, 1, 1, 1, device=images.device) < 0.5, images, images.flip(3))
 
 
 @torch.no_grad()
@@ -368,28 +366,25 @@ def make_optimizer(network, lr, steps, drops):
     return optimizer, MultiStepLR(optimizer, [round(drop * steps) for drop in drops])
 
 
-def train_teacher(teacher, images, labels, optimizer, *, epochs, batch_size=256, augment=None, start=0):
-    """Train a classifier, in place, on real images (N, C, H, W) with labels (N,): an iterator over its steps' losses.
+def train_teacher(teacher, images, labels, optimizer, *, steps, batch_size=256, augment=None):
+    """Train a classifier, in place, on batches drawn from images (N, C, H, W) with labels (N,).
 
-    The order of the images depends on the seed and the epoch alone, so that `start` can leave out steps done before.
+    An iterator: each turn is a step and yields its cross-entropy, detached, in a tuple.
     """
     teacher.train()
-    steps_per_epoch = math.ceil(len(images) / batch_size)
-    for step in range(start, epochs * steps_per_epoch):
-        epoch, i = divmod(step, steps_per_epoch)
-        if i == 0 or step == start:
-            shuffle = torch.Generator(images.device).manual_seed(torch.initial_seed() + epoch)
-            batches = torch.randperm(len(images), generator=shuffle, device=images.device).split(batch_size)
-        batch = augment(images[batches[i]]) if augment else images[batches[i]]
-        loss = F.cross_entropy(teacher(batch)[0], labels[batches[i]])
+    for _ in range(steps):
+        picked = torch.randint(len(images), (batch_size,), device=images.device)
+        batch = augment(images[picked]) if augment else images[picked]
+        loss = F.cross_entropy(teacher(batch)[0], labels[picked])
         descend(optimizer, loss)
         yield (loss.detach(),)
 
 
-def distill_on(draw, teacher, student, optimizer, *, updates, batch_size, temperature=1.0):
+def distill_on(draw, teacher, student, optimizer, *, steps, batch_size, temperature=1.0):
     """Table 1 without a generator: an iterator over the student's losses on images draw(n), (n, C, H, W)."""
     teacher.eval().requires_grad_(False)
-    for _ in range(updates):
+    student.train()
+    for _ in range(steps):
         images = draw(batch_size)
         l_kd = kd_loss(student(images)[0], teacher(images)[0], temperature)
         descend(optimizer, l_kd)
@@ -421,8 +416,7 @@ class BFloat16(nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.network = network
-        self.latent_dim = getattr(network, "latent_dim", None)
+        self.network, self.latent_dim = network, getattr(network, "latent_dim", None)
 
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -433,10 +427,9 @@ class BFloat16(nn.Module):
 def accelerate(network, device, precision):
     """Put a network on the device in its fastest form, in place; gives what to call for it. LeNets stay in float32."""
     if isinstance(network, Generator):
-        layers = network.layers
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(network.layers):
             if isinstance(layer, nn.Upsample):
-                layers[i], layers[i + 1] = nn.Identity(), UpsampledConv2d(layers[i + 1])
+                network.layers[i], network.layers[i + 1] = nn.Identity(), UpsampledConv2d(network.layers[i + 1])
     network.to(device, memory_format=torch.channels_last)
     return BFloat16(network) if precision == "bf16" and not isinstance(network, LeNet5) else network
 
@@ -445,14 +438,11 @@ def accelerate(network, device, precision):
 
 
 def write_file(path, write):
-    """Let write(buffer) say what a file is to hold; give it its name once it is whole. Raises OSError if it fails."""
+    """Let write(buffer) say what a file is to hold; it gets its name once it is whole. Raises OSError if that fails."""
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     write(buffer)
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_bytes(buffer.getbuffer())
+    os.replace(temporary, path)
 
 
 def read_file(path, network=None):
@@ -461,79 +451,88 @@ def read_file(path, network=None):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if network is not None:
             network.load_state_dict(content)
-            if not is_finite(network):
-                raise ValueError("it has weights that are not finite")
     except Exception as error:
-        kind, reason = "checkpoint" if network is None else type(network).__name__, " ".join(str(error).split())
-        raise UserError(f"cannot take {path} for a {kind}: {reason[:200]}") from error
+        raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from error
     return content
 
 
-def is_finite(network):
-    """Whether all weights and buffers of a network are."""
-    return all(tensor.isfinite().all() for tensor in network.state_dict().values())
+def train(stage, losses, names, steps, parts, out, test_set, saved, settings, snapshot=None):
+    """Take `steps` turns of an iterator over losses; print and log the first and then ten, with the accuracy.
 
-
-def train(stage, begin, names, steps, parts, out, test_set, saved, settings):
-    """Run a training loop to its end; prints and logs losses and accuracy ten times, or every 200 steps.
-
-    begin(done) gives the iterator over the losses that goes on after `done` steps. The checkpoint, never much more than
-    a minute old, has the state of the parts, the stage's network and its schedule among them, and the random state.
+    The checkpoint, never much more than a minute old, has the state of the parts, the stage's network and its schedule
+    among them, and the random state. Gives a list of what snapshot() gave at each report.
     """
     device = test_set[0].device
     random = torch if device.type == "cpu" else torch.get_device_module(device)
-    networks = [part for part in parts.values() if isinstance(part, nn.Module)]
-    interval = max(1, min(200, steps // 10))
-    done = seconds = 0
+    done, seconds, snapshots = 0, 0.0, []
     if saved.get("stage") == stage:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         random.set_rng_state(saved["random"])
         os.truncate(out / "log.csv", saved["log_size"])
-        done, seconds = saved["step"], saved["seconds"]
-    began_at, saved_at = time.monotonic(), -math.inf
-    started_at = began_at - seconds
+        done, seconds, snapshots = saved["step"], saved["seconds"], saved["snapshots"]
+    started_at, saved_at = time.monotonic() - seconds, -math.inf
     print(f"\n{stage:>8}" + "".join(f"{name:>9}" for name in names) + "  accuracy    left", flush=True)
-    for step, losses in enumerate(begin(done), done + 1):
+    for step, turn in zip(range(done + 1, steps + 1), losses):
         parts["schedule"].step()
-        now = time.monotonic()
-        report, save = step % interval == 0 or step == steps, now - saved_at >= CHECKPOINT_SECONDS
-        if (report or save) and not all(map(is_finite, networks)):
-            raise UserError(f"weights are not finite at step {step:,} of the {stage}: try lower learning rates")
+        seconds = time.monotonic() - started_at
+        report = step in (1, steps) or step % max(1, steps // 10) == 0
+        save = seconds - saved_at >= CHECKPOINT_SECONDS
+        if not (report or save):
+            continue
+        turn = torch.stack(turn).tolist()
+        if not all(map(math.isfinite, turn)):
+            raise UserError(f"a loss is not finite at step {step:,} of the {stage}: try lower learning rates")
         if report:
-            losses, accuracy = torch.stack(losses).tolist(), evaluate(parts[stage], *test_set)
-            row = dict(stage=stage, step=step, seconds=round(now - started_at, 2), accuracy=accuracy)
+            accuracy = evaluate(parts[stage], *test_set)
+            row = dict(stage=stage, step=step, seconds=round(seconds, 2), accuracy=accuracy)
             with open(out / "log.csv", "a", newline="") as file:
-                csv.DictWriter(file, LOG_COLUMNS).writerow(row | dict(zip(names, losses)))
-            minutes, rest = divmod(round((now - began_at) / (step - done) * (steps - step)), 60)
-            columns = "".join(f"{loss:9.3f}" for loss in losses)
+                csv.DictWriter(file, LOG_COLUMNS).writerow(row | dict(zip(names, turn)))
+            minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
+            columns = "".join(f"{loss:9.3f}" for loss in turn)
             print(f"{step:8,}{columns}{accuracy:10.2%}{minutes:5}:{rest:02}", flush=True)
+            snapshots += [snapshot()] if snapshot else []
         if save:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(stage=stage, step=step, seconds=now - started_at, settings=settings)
+            state |= dict(stage=stage, step=step, seconds=seconds, snapshots=snapshots, settings=settings)
             state |= dict(random=random.get_rng_state(), log_size=os.path.getsize(out / "log.csv"))
             write_file(out / "checkpoint.pt", partial(torch.save, state))
-            saved_at = now
+            saved_at = seconds
+    return snapshots
+
+
+def in_columns(images, classes, num_classes, rows):
+    """The first `rows` images (N, C, H, W) of each class as one picture with a column a class.
+
+    Each image is stretched from its darkest to its brightest pixel.
+    """
+    table = images.new_zeros(rows, num_classes, *images.shape[1:])
+    for k in range(num_classes):
+        of_class = images[classes == k][:rows]
+        table[: len(of_class), k] = of_class
+    return make_grid(table.flatten(0, 1), num_classes, normalize=True, scale_each=True, pad_value=0.5)
 
 
 @torch.no_grad()
-def save_pictures(out, draw, teacher, num_classes, test_images, test_labels):
+def save_pictures(out, draw, teacher, num_classes, test_images, test_labels, snapshots):
     """Write samples.png, a column of images for each class as the teacher sees them, and class_means.png, Figure 2.
 
     Figure 2: the mean of the images that the teacher takes for each class (top), and of the real test images (bottom).
+    With snapshots, what one batch of noise gave in the course of training, samples.gif shows these in such columns.
     """
     images = torch.cat([draw(500) for _ in range(num_classes // 5)])
-    seen_as = torch.cat([teacher(batch)[0].argmax(1) for batch in images.split(500)])
-    samples = images.new_zeros(8, num_classes, *images.shape[1:])
-    means = images.new_zeros(2, num_classes, *images.shape[1:])
-    for k in range(num_classes):
-        of_class = images[seen_as == k]
-        samples[: len(of_class), k] = of_class[:8]
-        means[0, k] = of_class.mean(0).nan_to_num()
-        means[1, k] = test_images[test_labels == k].mean(0)
-    for name, pictures in (("samples.png", samples), ("class_means.png", means)):
-        grid = make_grid(pictures.flatten(0, 1), num_classes, normalize=True, scale_each=True, pad_value=0.5)
-        write_file(out / name, partial(save_image, grid, format="png"))
+    classes = torch.cat([teacher(batch)[0].argmax(1) for batch in images.split(500)])
+    pairs = (images, classes), (test_images, test_labels)
+    means = torch.stack([x[y == k].mean(0).nan_to_num() for x, y in pairs for k in range(num_classes)])
+    samples = in_columns(images, classes, num_classes, rows=8)
+    figure_2 = in_columns(means, torch.arange(num_classes).repeat(2), num_classes, rows=2)
+    write_file(out / "samples.png", partial(save_image, samples, format="png"))
+    write_file(out / "class_means.png", partial(save_image, figure_2, format="png"))
+    if snapshots:
+        classes = teacher(snapshots[-1].float())[0].argmax(1)
+        film = [transforms.to_pil_image(in_columns(shot.float(), classes, num_classes, rows=4)) for shot in snapshots]
+        save = partial(film[0].save, format="gif", save_all=True, append_images=film[1:], duration=300, loop=0)
+        write_file(out / "samples.gif", save)
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -574,7 +573,8 @@ def parse_args(argv=None):
     add("--recipe", "whence the defaults: fast, or the authors' code", choices=("fast", "released"), default="fast")
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES[chosen.dataset][chosen.recipe])
-    add("--images", "what the student sees (Table 1)", choices=("generator", "noise", "real"), default="generator")
+    add("--images", "what the student learns from (Table 1); labels: real images, without the teacher",
+        choices=("generator", "noise", "real", "labels"), default="generator")  # fmt: skip
     add("--steps", "steps of Algorithm 1", type=number(int, 1), metavar="N")
     add("--batch-size", "images that the generator draws in a step", type=number(int, 2), metavar="N")
     add("--lr-g", "learning rate of the generator", type=number(float, 0), metavar="X")
@@ -586,35 +586,30 @@ def parse_args(argv=None):
     add("--width", "channels of teacher and student, as a share of the paper's", type=number(float, 0.2), metavar="X")
     add("--teacher-epochs", "epochs of the teacher's training", type=number(int, 1), metavar="N")
     add("--teacher", "state dict of a teacher, so that none is trained", type=Path, metavar="FILE")
-    add("--out-dir", "new folder for the results; None is runs/ and the flags", type=Path, metavar="OUT")
+    add("--out-dir", "new folder for the results; None is one in runs/", type=Path, metavar="OUT")
     add("--seed", "seed of everything random", type=number(int, 0), default=0, metavar="N")
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     add("--device", "where to compute", choices=there, default=there[0])
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run of the same flags")
     parser.add_argument("--help", action="help", help="show this and stop")
     args = parser.parse_args(argv)
-    if not args.out_dir:
-        plain = vars(parser.parse_args(["--dataset", args.dataset, "--recipe", args.recipe]))
-        named = [args.dataset, args.recipe] if args.recipe != "fast" else [args.dataset]
-        named += [f"{name}-{value}" for name, value in vars(args).items() if value != plain[name] and name != "resume"]
-        args.out_dir = Path("runs", "-".join(named).replace(os.sep, "-"))
+    args.out_dir = args.out_dir or Path("runs", f"{args.dataset}-{args.recipe}-{args.images}-{args.seed}")
     args.precision = "bf16" if args.recipe == "fast" and has_fast_bf16(args.device) else "fp32"
     return args
 
 
 def run(args):
-    """Check everything, train the teacher if need be, distil the student, write OUT. Gives both accuracies."""
+    """Check everything, train the teacher if need be, then the student, and fill OUT. Gives both accuracies."""
     out, device, mnist = args.out_dir, torch.device(args.device), args.dataset == "mnist"
     num_classes = DATASETS[args.dataset][1]
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out_dir", "resume")}
     if not args.resume and any(out.glob("*")):
         hint = "add --resume to go on with the run in it, or " if (out / "checkpoint.pt").exists() else ""
         raise UserError(f"{out} is not empty: {hint}choose another --out-dir")
-    saved = read_file(out / "checkpoint.pt") if args.resume else {}
-    begun = saved.get("settings", {})
+    saved = read_file(out / "checkpoint.pt") if args.resume else {"settings": settings}
     for name, value in settings.items():
-        if args.resume and begun.get(name) != value:
-            raise UserError(f"cannot resume: {out / 'checkpoint.pt'} has {name} {begun.get(name)}, not {value}")
+        if (begun := saved.get("settings", {}).get(name)) != value:
+            raise UserError(f"cannot resume: {out / 'checkpoint.pt'} has {name} {begun}, not {value}")
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
     teacher_file = args.teacher or out / "teacher.pt"
@@ -622,9 +617,10 @@ def run(args):
     if not to_train:
         read_file(teacher_file, teacher)
     test_set = load_dataset(args.dataset, "test", device=device)
-    train_set = load_dataset(args.dataset, "train", device=device) if to_train or args.images == "real" else ()
+    from_data = args.images in ("real", "labels")
+    train_set = load_dataset(args.dataset, "train", device=device) if to_train or from_data else ()
     out.mkdir(parents=True, exist_ok=True)
-    if not saved:
+    if not args.resume:
         (out / "settings.json").write_text(json.dumps(settings, indent=1))
         (out / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n")
     where = f"{device}, {torch.get_num_threads()} threads, {args.precision}"
@@ -632,63 +628,70 @@ def run(args):
 
     stage = partial(train, out=out, test_set=test_set, saved=saved, settings=settings)
     fast_teacher = accelerate(teacher, device, args.precision)
+    augment = None if mnist else crop_and_flip
     if to_train:
         steps = args.teacher_epochs * math.ceil(len(train_set[0]) / args.batch_size_t)
         optimizer, schedule = make_optimizer(teacher, args.lr_t, steps, args.drops_t)
-        stage("teacher", lambda done: train_teacher(fast_teacher, *train_set, optimizer, epochs=args.teacher_epochs,
-            batch_size=args.batch_size_t, augment=None if mnist else crop_and_flip, start=done), ["loss"], steps,
-            dict(teacher=teacher, optimizer=optimizer, schedule=schedule))  # fmt: skip
+        losses = train_teacher(fast_teacher, *train_set, optimizer, steps=steps, batch_size=args.batch_size_t,
+            augment=augment)  # fmt: skip
+        stage("teacher", losses, ["loss"], steps, dict(teacher=teacher, optimizer=optimizer, schedule=schedule))
         write_file(teacher_file, partial(torch.save, teacher.state_dict()))
-    if args.images != "real":
-        train_set = ()
-    accuracies = {"teacher": evaluate(teacher, *test_set)}
+    train_set = train_set if from_data else ()
     record = teacher_file.with_name("settings.json")
     made = json.loads(record.read_text()) if record.exists() else {}
     how = ", ".join(f"{name} {made.get(name, 'unknown')}" for name in ("recipe", "width", "teacher_epochs", "seed"))
+    accuracies = {"teacher": evaluate(teacher, *test_set)}
     print(f"\nteacher accuracy   {accuracies['teacher']:.2%} ({teacher_file}: {how})", flush=True)
 
     torch.manual_seed(args.seed)
     student = LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width)
-    draw = run_student(args, fast_teacher, student, train_set, test_set[0].shape[1:], stage)
+    draw, snapshots = train_student(args, fast_teacher, student, train_set, augment, test_set[0].shape[1:], stage)
     write_file(out / "student.pt", partial(torch.save, student.state_dict()))
-    save_pictures(out, draw, fast_teacher, num_classes, *test_set)
+    save_pictures(out, draw, fast_teacher, num_classes, *test_set, snapshots)
     (out / "checkpoint.pt").unlink(missing_ok=True)
     accuracies["student"] = evaluate(student, *test_set)
     print(f"\nstudent accuracy   {accuracies['student']:.2%} on {len(test_set[0]):,} test images, after its last step")
-    print(f"real images seen   {len(train_set[0]) if args.images == 'real' else 0:,} by the student")
+    print(f"real images seen   {len(train_set[0]) if from_data else 0:,} by the student")
     return accuracies
 
 
-def run_student(args, teacher, student, train_set, image_shape, stage):
-    """Distil the student on what --images says; gives draw(n), the function that such images (n, C, H, W) come from."""
+def train_student(args, teacher, student, train_set, augment, image_shape, stage):
+    """Train the student on what --images says; gives draw(n), images (n, C, H, W) such as it saw, and snapshots."""
     device = torch.device(args.device)
     steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)
     fast_student = accelerate(student, device, args.precision)
     optimizer, schedule = make_optimizer(student, args.lr_s, steps, args.drops_s)
     parts = dict(student=student, optimizer=optimizer, schedule=schedule)
+    options = dict(steps=steps, batch_size=args.batch_size)
+
+    def draw_real(n):
+        images = train_set[0][torch.randint(len(train_set[0]), (n,), device=device)]
+        return augment(images) if augment else images
+
+    if args.images == "labels":
+        losses = train_teacher(fast_student, *train_set, optimizer, **options, augment=augment)
+        return draw_real, stage("student", losses, ["loss"], steps, parts)
     if args.images != "generator":
-        draw = {
-            "noise": lambda n: torch.randn(n, *image_shape, device=device),
-            "real": lambda n: train_set[0][torch.randint(len(train_set[0]), (n,), device=device)],
-        }[args.images]
-        stage("student", lambda done: distill_on(draw, teacher, fast_student, optimizer, updates=steps - done,
-            batch_size=args.batch_size, temperature=args.temperature), ["l_kd"], steps, parts)  # fmt: skip
-        return draw
+        draw = draw_real if args.images == "real" else lambda n: torch.randn(n, *image_shape, device=device)
+        losses = distill_on(draw, teacher, fast_student, optimizer, **options, temperature=args.temperature)
+        return draw, stage("student", losses, ["l_kd"], steps, parts)
+
     generator = Generator(args.latent_dim, image_shape[0], pixel_range=args.pixel_range)
     fast_generator = accelerate(generator, device, args.precision)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)
-    parts |= dict(generator=generator, optimizer_g=optimizer_g)
     memory = None
+    parts |= dict(generator=generator, optimizer_g=optimizer_g)
     if args.replay:
-        augment = partial(distort, strength=args.distortion)
-        memory = Memory(args.replay, min(steps * args.batch_size, 50_000), image_shape, augment).to(device)
+        distortion = partial(distort, strength=args.distortion)
+        memory = Memory(args.replay, min(steps * args.batch_size, 50_000), image_shape, distortion).to(device)
         parts["memory"] = memory
-    stage("student", lambda done: distill(teacher, fast_student, fast_generator, steps=steps - done,
-        batch_size=args.batch_size, optimizer_g=optimizer_g, optimizer_s=optimizer, oh=args.oh, alpha=args.alpha,
-        beta=args.beta, temperature=args.temperature, memory=memory), ["l_oh", "l_a", "l_ie", "l_kd"], steps,
-        parts)  # fmt: skip
+    z = torch.randn(80, args.latent_dim, device=device)
+    losses = distill(teacher, fast_student, fast_generator, **options, optimizer_g=optimizer_g, optimizer_s=optimizer,
+        oh=args.oh, alpha=args.alpha, beta=args.beta, temperature=args.temperature, memory=memory)  # fmt: skip
+    snapshots = stage("student", losses, ["l_oh", "l_a", "l_ie", "l_kd"], steps, parts,
+        snapshot=lambda: fast_generator(z).detach().half())  # fmt: skip
     write_file(args.out_dir / "generator.pt", partial(torch.save, generator.state_dict()))
-    return lambda n: fast_generator(torch.randn(n, args.latent_dim, device=device))
+    return lambda n: fast_generator(torch.randn(n, args.latent_dim, device=device)), snapshots
 
 
 def main(argv=None):
