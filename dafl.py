@@ -529,7 +529,7 @@ def save_pictures(out, draw, teacher, num_classes, test_images, test_labels, sna
     write_file(out / "samples.png", partial(save_image, samples, format="png"))
     write_file(out / "class_means.png", partial(save_image, figure_2, format="png"))
     if snapshots:
-        classes = teacher(snapshots[-1].float())[0].argmax(1)
+        classes = teacher(snapshots[-1].to(images))[0].argmax(1).cpu()
         film = [transforms.to_pil_image(in_columns(shot.float(), classes, num_classes, rows=4)) for shot in snapshots]
         save = partial(film[0].save, format="gif", save_all=True, append_images=film[1:], duration=300, loop=0)
         write_file(out / "samples.gif", save)
@@ -689,7 +689,7 @@ def train_student(args, teacher, student, train_set, augment, image_shape, stage
     losses = distill(teacher, fast_student, fast_generator, **options, optimizer_g=optimizer_g, optimizer_s=optimizer,
         oh=args.oh, alpha=args.alpha, beta=args.beta, temperature=args.temperature, memory=memory)  # fmt: skip
     snapshots = stage("student", losses, ["l_oh", "l_a", "l_ie", "l_kd"], steps, parts,
-        snapshot=lambda: fast_generator(z).detach().half())  # fmt: skip
+        snapshot=lambda: fast_generator(z).detach().half().cpu())  # fmt: skip
     write_file(args.out_dir / "generator.pt", partial(torch.save, generator.state_dict()))
     return lambda n: fast_generator(torch.randn(n, args.latent_dim, device=device)), snapshots
 

@@ -363,6 +363,24 @@ def test_only_baselines_on_data_open_training_images(command, out, monkeypatch, 
         assert read_log(folder)[-1]["step"] == "9", "as many updates as with a generator: 3 of 8 images, 6 on past ones"
 
 
+def test_a_cifar_run_trains_narrow_resnets(out, monkeypatch):
+    data = torch.randn(200, 3, 32, 32), torch.arange(200) % 10
+    monkeypatch.setattr(dafl, "load_dataset", lambda name, split, **options: data)
+    flags = "--dataset cifar10 --device cpu --teacher-epochs 1 --steps 2 --batch-size 8 --width 0.2 --replay 1"
+    dafl.main([*flags.split(), "--out-dir", str(out)])
+    dafl.resnet34(width=0.2).load_state_dict(weights(out / "teacher.pt"))
+    dafl.resnet18(width=0.2).load_state_dict(weights(out / "student.pt"))
+    assert [row["step"] for row in read_log(out)] == ["1", "2", "1", "2"]
+    assert Image.open(out / "class_means.png").size == (10 * 34 + 2, 2 * 34 + 2)
+
+
+def test_a_step_at_the_size_of_the_paper():
+    torch.manual_seed(0)
+    networks = dafl.resnet34(), dafl.resnet18(), dafl.Generator(1000, 3)
+    (losses,) = dafl.distill(*networks, steps=1, batch_size=8)
+    assert all(loss.isfinite() for loss in losses)
+
+
 def test_same_seed_same_log_other_seed_other_log(command, out):
     logs = []
     for folder, seed in (("a", "7"), ("b", "7"), ("c", "8")):
