@@ -189,8 +189,8 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
     """L_KD, Eq. 1: Kullback-Leibler divergence of the student's softmax from the teacher's, in nats, batch mean.
 
     Both logits (N, K). Eq. 1's cross-entropy less the teacher's entropy: the same gradient, and 0 when both agree.
-    Eq. 1 has temperature 1. A higher one, times its square, shows how the teacher ranks the classes it rules out
-    (Hinton et al., 2015).
+    Eq. 1 has temperature 1. A higher one shows how the teacher ranks the classes it rules out; the divergence is then
+    multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
     """
     log_q, p = (student_logits / temperature).log_softmax(1), (teacher_logits / temperature).softmax(1)
     return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
@@ -212,7 +212,8 @@ def distill(teacher, student, generator, *, steps, batch_size=64, optimizer_g=No
 
     Teacher and student are modules that give (logits, features); the teacher is frozen. The generator has a latent_dim.
     Optimizers default to Adam at rates of 0.01 (generator) and 0.002 (student), and a schedule can be stepped between
-    turns. oh (1 in the paper), alpha and beta weigh the generator's losses. Yields (l_oh, l_a, l_ie, l_kd), detached.
+    turns. oh, alpha and beta weigh the generator's losses; the paper has oh 1, and temperature 1 in L_KD. Yields
+    (l_oh, l_a, l_ie, l_kd), detached.
     A Memory, beyond the paper, adds student updates on past images.
     """
     teacher.eval().requires_grad_(False)
@@ -261,7 +262,7 @@ def distort(images, strength=0.15):
 
 
 class Memory(nn.Module):
-    """The latest `capacity` images, of shape (C, H, W), for `updates` more of the student a step.
+    """The latest `capacity` images, of shape (C, H, W), for `updates` extra student updates in each step.
 
     A module, so that it moves to a device and into a checkpoint as one; the images are kept in half precision.
     """
@@ -277,7 +278,7 @@ class Memory(nn.Module):
         slots = (self.count + torch.arange(len(images), device=images.device)) % len(self.images)
         self.images[slots] = images.half()
         self.count += len(images)
-        filled = self.count.clamp(max=len(self.images))
+        filled = self.count.clamp(max=len(self.images))  # a tensor, so that nobody waits for a GPU
         picked = (torch.rand(self.updates * len(images), device=images.device) * filled).long()
         return self.augment(self.images[picked].float()).split(len(images))
 
@@ -294,14 +295,15 @@ DATASETS = {  # torchvision's class, number of classes, mean and deviation of th
 }
 
 # What a recipe sets; "released" is the authors' code. _t is the teacher's, _s the student's. Where drops is None, the
-# learning rate rises for a sixth of the steps and then falls to 0; else it falls to a tenth after these shares of them.
+# learning rate rises to its value over a sixth of the steps and then falls to 0; else it falls to a tenth after these
+# shares of the steps. The pixel range is MNIST's from black, (0 - mean) / deviation, to white, (1 - mean) / deviation.
 UNCUT = (-math.inf, math.inf)
 MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, distortion=0.15, width=1.0, teacher_epochs=9, lr_t=1e-3,
     batch_size_t=256)  # fmt: skip
 CIFAR = dict(oh=0.05, alpha=0.01, beta=5.0, lr_s=0.1, distortion=0.05, lr_t=0.1, batch_size_t=128, pixel_range=UNCUT)
 RECIPES = {
     "mnist": {
-        "fast": MNIST | dict(steps=400, batch_size=64, lr_g=0.01, lr_s=3e-3, temperature=4.0, replay=24,
+        "fast": MNIST | dict(steps=400, batch_size=64, lr_g=0.01, lr_s=2.5e-3, temperature=4.0, replay=24,
             pixel_range=(-0.4242, 2.8215), drops_t=None, drops_s=None),
         "released": MNIST | dict(steps=24_000, batch_size=512, lr_g=0.2, lr_s=2e-3, temperature=1.0, replay=0,
             pixel_range=UNCUT, drops_t=(), drops_s=()),
@@ -362,7 +364,7 @@ def make_optimizer(network, lr, steps, drops):
     else:
         optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     if drops is None:
-        return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / (0.2 * steps), 1 - step / steps))
+        return optimizer, LambdaLR(optimizer, lambda step: min(6 * (step + 1) / steps, 1.2 * (1 - step / steps)))
     return optimizer, MultiStepLR(optimizer, [round(drop * steps) for drop in drops])
 
 
@@ -457,7 +459,7 @@ def read_file(path, network=None):
 
 
 def train(stage, losses, names, steps, parts, out, test_set, saved, settings, snapshot=None):
-    """Take `steps` turns of an iterator over losses; print and log the first and then ten, with the accuracy.
+    """Take `steps` turns of an iterator over losses; print and log the first and each tenth of them.
 
     The checkpoint, never much more than a minute old, has the state of the parts, the stage's network and its schedule
     among them, and the random state. Gives a list of what snapshot() gave at each report.
@@ -476,7 +478,7 @@ def train(stage, losses, names, steps, parts, out, test_set, saved, settings, sn
     for step, turn in zip(range(done + 1, steps + 1), losses):
         parts["schedule"].step()
         seconds = time.monotonic() - started_at
-        report = step in (1, steps) or step % max(1, steps // 10) == 0
+        report = step == 1 or 10 * step % steps < 10
         save = seconds - saved_at >= CHECKPOINT_SECONDS
         if not (report or save):
             continue
@@ -487,7 +489,7 @@ def train(stage, losses, names, steps, parts, out, test_set, saved, settings, sn
             accuracy = evaluate(parts[stage], *test_set)
             row = dict(stage=stage, step=step, seconds=round(seconds, 2), accuracy=accuracy)
             with open(out / "log.csv", "a", newline="") as file:
-                csv.DictWriter(file, LOG_COLUMNS).writerow(row | dict(zip(names, turn)))
+                csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow(row | dict(zip(names, turn)))
             minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
             columns = "".join(f"{loss:9.3f}" for loss in turn)
             print(f"{step:8,}{columns}{accuracy:10.2%}{minutes:5}:{rest:02}", flush=True)
@@ -523,10 +525,10 @@ def save_pictures(out, draw, teacher, num_classes, test_images, test_labels, sna
     classes = torch.cat([teacher(batch)[0].argmax(1) for batch in images.split(500)])
     pairs = (images, classes), (test_images, test_labels)
     means = torch.stack([x[y == k].mean(0).nan_to_num() for x, y in pairs for k in range(num_classes)])
+    figure_2 = make_grid(means, num_classes, normalize=True, scale_each=True, pad_value=0.5)
     samples = in_columns(images, classes, num_classes, rows=8)
-    figure_2 = in_columns(means, torch.arange(num_classes).repeat(2), num_classes, rows=2)
-    write_file(out / "samples.png", partial(save_image, samples, format="png"))
     write_file(out / "class_means.png", partial(save_image, figure_2, format="png"))
+    write_file(out / "samples.png", partial(save_image, samples, format="png"))
     if snapshots:
         classes = teacher(snapshots[-1].to(images))[0].argmax(1).cpu()
         film = [transforms.to_pil_image(in_columns(shot.float(), classes, num_classes, rows=4)) for shot in snapshots]
@@ -540,14 +542,13 @@ def save_pictures(out, draw, teacher, num_classes, test_images, test_labels, sna
 def number(kind, least):
     """An argparse type: an int or float from `least` on, below 2**62, which every seed has to be."""
 
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not least <= value < 2**62:
             raise argparse.ArgumentTypeError(f"must be at least {least} and below 2**62, not {text}")
         return value
 
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
 def has_fast_bf16(device):
@@ -562,35 +563,33 @@ def parse_args(argv=None):
     """The command line as a namespace, with what the recipe sets filled in. Exits with 2 on a mistake."""
     parser = argparse.ArgumentParser(
         prog="dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False, add_help=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Data-Free Learning of Student Networks (ICCV 2019). Defaults are those of the data set and recipe",
     )  # fmt: skip
-
-    def add(flag, meaning, **options):
-        parser.add_argument(flag, help=f"{meaning} (default: %(default)s)", **options)
-
-    add("--dataset", "what the teacher knows", choices=DATASETS, default="mnist")
-    add("--recipe", "whence the defaults: fast, or the authors' code", choices=("fast", "released"), default="fast")
+    add = parser.add_argument
+    add("--dataset", help="what the teacher knows", choices=DATASETS, default="mnist")
+    add("--recipe", help="whence the defaults; released: the authors' code", choices=("fast", "released"), default="fast")
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES[chosen.dataset][chosen.recipe])
-    add("--images", "what the student learns from (Table 1); labels: real images, without the teacher",
+    add("--images", help="what the student learns from (Table 1); labels: real images, without the teacher",
         choices=("generator", "noise", "real", "labels"), default="generator")  # fmt: skip
-    add("--steps", "steps of Algorithm 1", type=number(int, 1), metavar="N")
-    add("--batch-size", "images that the generator draws in a step", type=number(int, 2), metavar="N")
-    add("--lr-g", "learning rate of the generator", type=number(float, 0), metavar="X")
-    add("--lr-s", "learning rate of the student", type=number(float, 0), metavar="X")
-    add("--oh", "weight of the one-hot loss, Eq. 4", type=number(float, 0), metavar="X")
-    add("--alpha", "weight of the activation loss, Eq. 5", type=number(float, 0), metavar="X")
-    add("--beta", "weight of the information entropy loss, Eq. 6", type=number(float, 0), metavar="X")
-    add("--replay", "student updates a step on past images; 0 is the paper's loop", type=number(int, 0), metavar="N")
-    add("--width", "channels of teacher and student, as a share of the paper's", type=number(float, 0.2), metavar="X")
-    add("--teacher-epochs", "epochs of the teacher's training", type=number(int, 1), metavar="N")
-    add("--teacher", "state dict of a teacher, so that none is trained", type=Path, metavar="FILE")
-    add("--out-dir", "new folder for the results; None is one in runs/", type=Path, metavar="OUT")
-    add("--seed", "seed of everything random", type=number(int, 0), default=0, metavar="N")
+    add("--steps", help="steps of Algorithm 1", type=number(int, 1), metavar="N")
+    add("--batch-size", help="images that the generator draws in a step", type=number(int, 2), metavar="N")
+    add("--lr-g", help="learning rate of the generator", type=number(float, 0), metavar="X")
+    add("--lr-s", help="learning rate of the student", type=number(float, 0), metavar="X")
+    add("--oh", help="weight of the one-hot loss, Eq. 4", type=number(float, 0), metavar="X")
+    add("--alpha", help="weight of the activation loss, Eq. 5", type=number(float, 0), metavar="X")
+    add("--beta", help="weight of the information entropy loss, Eq. 6", type=number(float, 0), metavar="X")
+    add("--replay", help="student updates a step on past images; the paper has 0", type=number(int, 0), metavar="N")
+    add("--width", help="share of the paper's channels in teacher and student", type=number(float, 0.2), metavar="X")
+    add("--teacher-epochs", help="epochs of the teacher's training", type=number(int, 1), metavar="N")
+    add("--teacher", help="state dict of a teacher, so that none is trained", type=Path, metavar="FILE")
+    add("--out-dir", help="new folder for the results; None is one in runs/", type=Path, metavar="OUT")
+    add("--seed", help="seed of everything random", type=number(int, 0), default=0, metavar="N")
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    add("--device", "where to compute", choices=there, default=there[0])
-    parser.add_argument("--resume", action="store_true", help="go on with a stopped run of the same flags")
-    parser.add_argument("--help", action="help", help="show this and stop")
+    add("--device", help="where to compute", choices=there, default=there[0])
+    add("--resume", action="store_true", help="go on with a stopped run of the same flags")
+    add("--help", action="help", help="show this and stop")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("runs", f"{args.dataset}-{args.recipe}-{args.images}-{args.seed}")
     args.precision = "bf16" if args.recipe == "fast" and has_fast_bf16(args.device) else "fp32"
@@ -602,11 +601,11 @@ def run(args):
     out, device, mnist = args.out_dir, torch.device(args.device), args.dataset == "mnist"
     num_classes = DATASETS[args.dataset][1]
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out_dir", "resume")}
-    if not args.resume and any(out.glob("*")):
+    if not args.resume and any(out.glob("*.pt")):
         hint = "add --resume to go on with the run in it, or " if (out / "checkpoint.pt").exists() else ""
-        raise UserError(f"{out} is not empty: {hint}choose another --out-dir")
-    saved = read_file(out / "checkpoint.pt") if args.resume else {"settings": settings}
-    for name, value in settings.items():
+        raise UserError(f"{out} has the files of another run: {hint}choose another --out-dir")
+    saved = read_file(out / "checkpoint.pt") if args.resume else {}
+    for name, value in settings.items() if args.resume else ():
         if (begun := saved.get("settings", {}).get(name)) != value:
             raise UserError(f"cannot resume: {out / 'checkpoint.pt'} has {name} {begun}, not {value}")
     torch.manual_seed(args.seed)
@@ -620,12 +619,12 @@ def run(args):
     train_set = load_dataset(args.dataset, "train", device=device) if to_train or from_data else ()
     out.mkdir(parents=True, exist_ok=True)
     if not args.resume:
-        (out / "settings.json").write_text(json.dumps(settings, indent=1))
+        (out / "settings.json").write_text(json.dumps(settings))
         (out / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n")
     where = f"{device}, {torch.get_num_threads()} threads, {args.precision}"
     print(f"DAFL on {args.dataset} with images from: {args.images} ({args.recipe} recipe, seed {args.seed}; {where})")
 
-    stage = partial(train, out=out, test_set=test_set, saved=saved, settings=settings)
+    train_stage = partial(train, out=out, test_set=test_set, saved=saved, settings=settings)
     fast_teacher = accelerate(teacher, device, args.precision)
     augment = None if mnist else crop_and_flip
     if to_train:
@@ -633,18 +632,19 @@ def run(args):
         optimizer, schedule = make_optimizer(teacher, args.lr_t, steps, args.drops_t)
         losses = train_teacher(fast_teacher, *train_set, optimizer, steps=steps, batch_size=args.batch_size_t,
             augment=augment)  # fmt: skip
-        stage("teacher", losses, ["loss"], steps, dict(teacher=teacher, optimizer=optimizer, schedule=schedule))
+        train_stage("teacher", losses, ["loss"], steps, dict(teacher=teacher, optimizer=optimizer, schedule=schedule))
         write_file(teacher_file, partial(torch.save, teacher.state_dict()))
     train_set = train_set if from_data else ()
-    record = teacher_file.with_name("settings.json")
-    made = json.loads(record.read_text()) if record.exists() else {}
-    how = ", ".join(f"{name} {made.get(name, 'unknown')}" for name in ("recipe", "width", "teacher_epochs", "seed"))
+    fast_teacher.eval()
     accuracies = {"teacher": evaluate(teacher, *test_set)}
-    print(f"\nteacher accuracy   {accuracies['teacher']:.2%} ({teacher_file}: {how})", flush=True)
+    print(f"\nteacher accuracy   {accuracies['teacher']:.2%} ({teacher_file})", flush=True)
+    if args.teacher:
+        record = teacher_file.with_name("settings.json")
+        print(f"made with          {record.read_text() if record.exists() else 'settings unknown'}")
 
     torch.manual_seed(args.seed)
     student = LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width)
-    draw, snapshots = train_student(args, fast_teacher, student, train_set, augment, test_set[0].shape[1:], stage)
+    draw, snapshots = train_student(args, fast_teacher, student, train_set, augment, test_set[0].shape[1:], train_stage)
     write_file(out / "student.pt", partial(torch.save, student.state_dict()))
     save_pictures(out, draw, fast_teacher, num_classes, *test_set, snapshots)
     (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -654,7 +654,7 @@ def run(args):
     return accuracies
 
 
-def train_student(args, teacher, student, train_set, augment, image_shape, stage):
+def train_student(args, teacher, student, train_set, augment, image_shape, train_stage):
     """Train the student on what --images says; gives draw(n), images (n, C, H, W) such as it saw, and snapshots."""
     device = torch.device(args.device)
     steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)
@@ -669,11 +669,11 @@ def train_student(args, teacher, student, train_set, augment, image_shape, stage
 
     if args.images == "labels":
         losses = train_teacher(fast_student, *train_set, optimizer, **options, augment=augment)
-        return draw_real, stage("student", losses, ["loss"], steps, parts)
+        return draw_real, train_stage("student", losses, ["loss"], steps, parts)
     if args.images != "generator":
         draw = draw_real if args.images == "real" else lambda n: torch.randn(n, *image_shape, device=device)
         losses = distill_on(draw, teacher, fast_student, optimizer, **options, temperature=args.temperature)
-        return draw, stage("student", losses, ["l_kd"], steps, parts)
+        return draw, train_stage("student", losses, ["l_kd"], steps, parts)
 
     generator = Generator(args.latent_dim, image_shape[0], pixel_range=args.pixel_range)
     fast_generator = accelerate(generator, device, args.precision)
@@ -687,7 +687,7 @@ def train_student(args, teacher, student, train_set, augment, image_shape, stage
     z = torch.randn(80, args.latent_dim, device=device)
     losses = distill(teacher, fast_student, fast_generator, **options, optimizer_g=optimizer_g, optimizer_s=optimizer,
         oh=args.oh, alpha=args.alpha, beta=args.beta, temperature=args.temperature, memory=memory)  # fmt: skip
-    snapshots = stage("student", losses, ["l_oh", "l_a", "l_ie", "l_kd"], steps, parts,
+    snapshots = train_stage("student", losses, ["l_oh", "l_a", "l_ie", "l_kd"], steps, parts,
         snapshot=lambda: fast_generator(z).detach().half().cpu())  # fmt: skip
     write_file(args.out_dir / "generator.pt", partial(torch.save, generator.state_dict()))
     return lambda n: fast_generator(torch.randn(n, args.latent_dim, device=device)), snapshots

@@ -454,7 +454,7 @@ def test_a_finished_run_is_not_touched_and_its_teacher_is_named_with_its_making(
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
     dafl.main(command)
     printed = capsys.readouterr().out
-    assert str(teacher_file) in printed and "teacher_epochs 1, seed 0" in printed
+    assert str(teacher_file) in printed and '"teacher_epochs": "1"' in printed and '"seed": "0"' in printed
 
 
 def test_a_checkpoint_of_another_device_is_refused_in_a_sentence(command, out, capsys, no_training):
