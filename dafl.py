@@ -568,7 +568,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     add = parser.add_argument
     add("--dataset", help="what the teacher knows", choices=DATASETS, default="mnist")
-    add("--recipe", help="whence the defaults; released: the authors' code", choices=("fast", "released"), default="fast")
+    add("--recipe", help="whence the defaults", choices=("fast", "released"), default="fast")
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES[chosen.dataset][chosen.recipe])
     add("--images", help="what the student learns from (Table 1); labels: real images, without the teacher",
