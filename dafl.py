@@ -368,7 +368,7 @@ def make_optimizer(network, lr, steps, drops):
     return optimizer, MultiStepLR(optimizer, [round(drop * steps) for drop in drops])
 
 
-def train_teacher(teacher, images, labels, optimizer, *, steps, batch_size=256, augment=None):
+def train_teacher(teacher, images, labels, optimizer, *, steps, batch_size=256, augment=nn.Identity()):
     """Train a classifier, in place, on batches drawn from images (N, C, H, W) with labels (N,).
 
     An iterator: each turn is a step and yields its cross-entropy, detached, in a tuple.
@@ -376,8 +376,7 @@ def train_teacher(teacher, images, labels, optimizer, *, steps, batch_size=256, 
     teacher.train()
     for _ in range(steps):
         picked = torch.randint(len(images), (batch_size,), device=images.device)
-        batch = augment(images[picked]) if augment else images[picked]
-        loss = F.cross_entropy(teacher(batch)[0], labels[picked])
+        loss = F.cross_entropy(teacher(augment(images[picked]))[0], labels[picked])
         descend(optimizer, loss)
         yield (loss.detach(),)
 
@@ -584,14 +583,15 @@ def parse_args(argv=None):
     add("--width", help="share of the paper's channels in teacher and student", type=number(float, 0.2), metavar="X")
     add("--teacher-epochs", help="epochs of the teacher's training", type=number(int, 1), metavar="N")
     add("--teacher", help="state dict of a teacher, so that none is trained", type=Path, metavar="FILE")
-    add("--out-dir", help="new folder for the results; None is one in runs/", type=Path, metavar="OUT")
+    add("--out-dir", help="new folder for the results; None is runs/ and the flags", type=Path, metavar="OUT")
     add("--seed", help="seed of everything random", type=number(int, 0), default=0, metavar="N")
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     add("--device", help="where to compute", choices=there, default=there[0])
     add("--resume", action="store_true", help="go on with a stopped run of the same flags")
     add("--help", action="help", help="show this and stop")
     args = parser.parse_args(argv)
-    args.out_dir = args.out_dir or Path("runs", f"{args.dataset}-{args.recipe}-{args.images}-{args.seed}")
+    words = [word.lstrip("-") for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+    args.out_dir = args.out_dir or Path("runs", "-".join(words).replace(os.sep, "-") or "mnist")
     args.precision = "bf16" if args.recipe == "fast" and has_fast_bf16(args.device) else "fp32"
     return args
 
@@ -626,7 +626,7 @@ def run(args):
 
     train_stage = partial(train, out=out, test_set=test_set, saved=saved, settings=settings)
     fast_teacher = accelerate(teacher, device, args.precision)
-    augment = None if mnist else crop_and_flip
+    augment = nn.Identity() if mnist else crop_and_flip
     if to_train:
         steps = args.teacher_epochs * math.ceil(len(train_set[0]) / args.batch_size_t)
         optimizer, schedule = make_optimizer(teacher, args.lr_t, steps, args.drops_t)
@@ -664,8 +664,7 @@ def train_student(args, teacher, student, train_set, augment, image_shape, train
     options = dict(steps=steps, batch_size=args.batch_size)
 
     def draw_real(n):
-        images = train_set[0][torch.randint(len(train_set[0]), (n,), device=device)]
-        return augment(images) if augment else images
+        return augment(train_set[0][torch.randint(len(train_set[0]), (n,), device=device)])
 
     if args.images == "labels":
         losses = train_teacher(fast_student, *train_set, optimizer, **options, augment=augment)
@@ -678,11 +677,11 @@ def train_student(args, teacher, student, train_set, augment, image_shape, train
     generator = Generator(args.latent_dim, image_shape[0], pixel_range=args.pixel_range)
     fast_generator = accelerate(generator, device, args.precision)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)
-    memory = None
     parts |= dict(generator=generator, optimizer_g=optimizer_g)
+    memory = None
     if args.replay:
-        distortion = partial(distort, strength=args.distortion)
-        memory = Memory(args.replay, min(steps * args.batch_size, 50_000), image_shape, distortion).to(device)
+        capacity = min(steps * args.batch_size, 50_000)
+        memory = Memory(args.replay, capacity, image_shape, lambda x: distort(augment(x), args.distortion)).to(device)
         parts["memory"] = memory
     z = torch.randn(80, args.latent_dim, device=device)
     losses = distill(teacher, fast_student, fast_generator, **options, optimizer_g=optimizer_g, optimizer_s=optimizer,

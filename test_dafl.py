@@ -388,16 +388,6 @@ def test_same_seed_same_log_other_seed_other_log(command, out):
     assert logs[0] == logs[1] != logs[2]
 
 
-def test_a_term_with_weight_0_is_switched_off(command, out, monkeypatch):
-    def generator(folder, *flags):
-        dafl.main([*command, *flags, "--out-dir", str(out / folder)])
-        return weights(out / folder / "generator.pt")["linear.weight"]
-
-    default, off = generator("a"), generator("b", "--alpha", "0")
-    monkeypatch.setattr(dafl, "activation_loss", lambda features: features.sum() * 0)
-    assert not default.equal(off) and generator("c").equal(off)
-
-
 def test_a_picture_stands_in_the_column_of_its_class(tmp_path):
     stripes = torch.zeros(10, 1, 32, 32)  # class k is a bright stripe in rows 3k to 3k + 2
     for k in range(10):
