@@ -300,7 +300,7 @@ DATASETS = {  # torchvision's class, number of classes, mean and deviation of th
 UNCUT = (-math.inf, math.inf)
 MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, distortion=0.15, width=1.0, teacher_epochs=9, lr_t=1e-3,
     batch_size_t=256)  # fmt: skip
-CIFAR = dict(oh=0.05, alpha=0.01, beta=5.0, lr_s=0.1, distortion=0.05, lr_t=0.1, batch_size_t=128, pixel_range=UNCUT)
+CIFAR = dict(alpha=0.01, beta=5.0, lr_s=0.1, distortion=0.05, lr_t=0.1, batch_size_t=128, pixel_range=UNCUT)
 RECIPES = {
     "mnist": {
         "fast": MNIST | dict(steps=400, batch_size=64, lr_g=0.01, lr_s=2.5e-3, temperature=4.0, replay=24,
@@ -309,10 +309,10 @@ RECIPES = {
             pixel_range=UNCUT, drops_t=(), drops_s=()),
     },
     "cifar10": {
-        "fast": CIFAR | dict(steps=600, batch_size=128, latent_dim=256, lr_g=1e-3, temperature=4.0, replay=4,
+        "fast": CIFAR | dict(steps=4000, batch_size=128, latent_dim=256, lr_g=1e-3, oh=1.0, temperature=4.0, replay=4,
             width=0.25, teacher_epochs=30, drops_t=None, drops_s=None),
-        "released": CIFAR | dict(steps=240_000, batch_size=1024, latent_dim=1000, lr_g=0.02, temperature=1.0, replay=0,
-            width=1.0, teacher_epochs=199, drops_t=(79 / 199, 119 / 199), drops_s=(0.4, 0.8)),
+        "released": CIFAR | dict(steps=240_000, batch_size=1024, latent_dim=1000, lr_g=0.02, oh=0.05, temperature=1.0,
+            replay=0, width=1.0, teacher_epochs=199, drops_t=(79 / 199, 119 / 199), drops_s=(0.4, 0.8)),
     },
 }  # fmt: skip
 RECIPES["cifar100"] = {name: recipe | dict(oh=0.5, alpha=0.1, beta=20.0) for name, recipe in RECIPES["cifar10"].items()}
