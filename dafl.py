@@ -507,10 +507,11 @@ def in_columns(images, classes, num_classes, rows):
 
     Each image is stretched from its darkest to its brightest pixel.
     """
-    columns = [images[classes == k][:rows] for k in range(num_classes)]
-    columns = [F.pad(column, (0, 0, 0, 0, 0, 0, 0, rows - len(column))) for column in columns]
-    table = torch.stack(columns, 1).flatten(0, 1)
-    return make_grid(table, num_classes, normalize=True, scale_each=True, pad_value=0.5)
+    table = images.new_zeros(rows, num_classes, *images.shape[1:])
+    for k in range(num_classes):
+        column = images[classes == k][:rows]
+        table[: len(column), k] = column
+    return make_grid(table.flatten(0, 1), num_classes, normalize=True, scale_each=True, pad_value=0.5)
 
 
 @torch.no_grad()
