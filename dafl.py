@@ -250,7 +250,7 @@ def distort(images, strength=0.15):
     n, _, height, width = images.shape
     maps = torch.eye(2, 3, device=images.device) + strength * torch.randn(n, 2, 3, device=images.device)
     grid = F.affine_grid(maps, images.shape, align_corners=False)
-    border = 1 - 1 / width
+    border = 1 - 1 / width  # of the last pixel's centre; older Apple GPUs have no padding_mode="border"
     images = F.grid_sample(images, grid.clamp(-border, border), align_corners=False)
 
     turn, offset = torch.rand(2, n, 1, 1, 1, device=images.device)
@@ -643,7 +643,7 @@ def run(args):
         record = teacher_file.with_name("settings.json")
         print(f"made with          {record.read_text() if record.exists() else 'settings unknown'}")
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # again: the same student whether its teacher was trained, read or resumed
     student = LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width)
     draw, snapshots = train_student(args, fast_teacher, student, train_set, augment, test_set[0].shape[1:], train_stage)
     write_file(out / "student.pt", partial(torch.save, student.state_dict()))
