@@ -310,9 +310,9 @@ RECIPES = {
     },
     "cifar10": {
         "fast": CIFAR | dict(steps=4000, batch_size=128, latent_dim=256, lr_g=1e-3, oh=1.0, temperature=4.0, replay=4,
-            width=0.25, teacher_epochs=30, drops_t=None, drops_s=None),
+            width=0.25, cutout=8, teacher_epochs=40, drops_t=None, drops_s=None),
         "released": CIFAR | dict(steps=240_000, batch_size=1024, latent_dim=1000, lr_g=0.02, oh=0.05, temperature=1.0,
-            replay=0, width=1.0, teacher_epochs=199, drops_t=(79 / 199, 119 / 199), drops_s=(0.4, 0.8)),
+            replay=0, width=1.0, cutout=0, teacher_epochs=199, drops_t=(79 / 199, 119 / 199), drops_s=(0.4, 0.8)),
     },
 }  # fmt: skip
 RECIPES["cifar100"] = {name: recipe | dict(oh=0.5, alpha=0.1, beta=20.0) for name, recipe in RECIPES["cifar10"].items()}
@@ -345,6 +345,15 @@ def crop_and_flip(images):
     row, column = torch.randint(9, (2, n), device=images.device)
     images = shifted[torch.arange(n, device=images.device), :, row, column]
     return torch.where(torch.rand(n, 1, 1, 1, device=images.device) < 0.5, images, images.flip(3))
+
+
+def cutout(images, size):
+    """Set a random square of size x size pixels of each image (N, C, H, W) to 0 (DeVries and Taylor, 2017)."""
+    n, _, height, width = images.shape
+    top, left = torch.randint(height - size + 1, (2, n, 1, 1, 1), device=images.device)
+    y, x = torch.arange(height, device=images.device)[:, None], torch.arange(width, device=images.device)
+    inside = (top <= y) & (y < top + size) & (left <= x) & (x < left + size)
+    return images.masked_fill(inside, 0)
 
 
 @torch.no_grad()
@@ -627,7 +636,7 @@ def run(args):
 
     train_stage = partial(train, out=out, test_set=test_set, saved=saved, settings=settings)
     fast_teacher = accelerate(teacher, device, args.precision)
-    augment = nn.Identity() if mnist else crop_and_flip
+    augment = nn.Identity() if mnist else lambda images: cutout(crop_and_flip(images), args.cutout)
     if to_train:
         steps = args.teacher_epochs * math.ceil(len(train_set[0]) / args.batch_size_t)
         optimizer, schedule = make_optimizer(teacher, args.lr_t, steps, args.drops_t)

@@ -291,6 +291,20 @@ def test_crop_and_flip_gives_a_shifted_and_perhaps_mirrored_copy():
     assert len(seen) > 20 and {m for _, _, m in seen} == {False, True}
 
 
+def test_cutout_blanks_one_square_somewhere_in_each_image():
+    torch.manual_seed(0)
+    images = torch.rand(40, 3, 32, 32) + 1
+    results = dafl.cutout(images, 8)
+    assert dafl.cutout(images, 0).equal(images)
+    corners = set()
+    for image, result in zip(images, results):
+        y, x = (result[0] == 0).nonzero()[0].tolist()
+        image[:, y : y + 8, x : x + 8] = 0
+        assert result.equal(image)
+        corners.add((y, x))
+    assert len(corners) > 20
+
+
 @pytest.mark.parametrize("dataset, steps, batch_size, latent_dim, lr_g, oh, beta, alpha, epochs, batch_size_t", [
     ("mnist", 200 * 120, 512, 100, 0.2, 1, 5, 0.1, 9, 256),
     ("cifar10", 2000 * 120, 1024, 1000, 0.02, 0.05, 5, 0.01, 199, 128),
@@ -310,6 +324,7 @@ def test_released_recipe_has_the_released_values(dataset, steps, batch_size, lat
     assert (args.oh, args.beta, args.alpha) == (oh, beta, alpha)
     assert (args.teacher_epochs, args.batch_size_t) == (epochs, batch_size_t)
     assert (args.replay, args.temperature, args.width, args.precision) == (0, 1, 1, "fp32")
+    assert not vars(args).get("cutout")
     assert args.pixel_range == (-math.inf, math.inf)
     teacher, student = rates(args.lr_t, args.drops_t, 199), rates(args.lr_s, args.drops_s, 2000)
     if dataset == "mnist":
