@@ -10,17 +10,17 @@ ICCV 2019, https://arxiv.org/abs/1904.01186
 A trained classifier, the teacher, is all that is left; its training data are gone. A generator learns to draw images
 that the fixed teacher takes for its own data: it is sure of each (L_oh), its features answer strongly (L_a), and a
 batch covers all classes evenly (L_ie). A smaller student learns to give the teacher's outputs on those images (L_KD).
-Then it is tested on real images, the first it ever sees.
+Then it is tested on real images, from which it has learnt nothing.
 
     python dafl.py                     # MNIST: trains the teacher, then the student without data
     python dafl.py --images noise      # a baseline: the student learns on noise instead
     python dafl.py --help              # every option with its default
 
-The first took 79 s on two cores of an AMD EPYC (Zen 5, bf16, PyTorch 2.14) and ended with
+The first took 79 s on two cores of an AMD EPYC (Zen 5, bf16, PyTorch 2.14). Its figures:
 
     teacher accuracy   99.05%
     student accuracy   98.43% on 10,000 test images, after its last step
-    real images seen   0 by the student
+    trained on         0 real images
 
 With seeds 90 to 99 the student had 98.41 % on average, 98.23 % at worst and 98.62 % at best. The paper has 98.20 %.
 """
@@ -81,7 +81,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()
+        self.shortcut = nn.Identity()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
@@ -131,11 +131,12 @@ def resnet18(num_classes=10, width=1.0):
 
 
 class Generator(nn.Module):
-    """G, as released: noise z (N, latent_dim) to images (N, channels, image_size, image_size), a size of 4 times n.
+    """G, as released: noise z (N, latent_dim) to images (N, channels, image_size, image_size); 4 divides image_size.
 
     The last BatchNorm has no parameters: over a batch each channel has mean 0 and variance 1, as normalised data have.
     Two others have an eps of 0.8, as in the released code. Beyond the paper, pixels can then be cut to a `pixel_range`,
-    black to white: the losses do not care which sign a stroke has, so that now and then one draws black on white.
+    black to white: the losses do not care which sign a stroke has, and now and then a generator draws black on white. A
+    range that lies mostly above 0, as that of the digits, leaves no room for it.
     """
 
     def __init__(self, latent_dim=100, channels=1, image_size=32, pixel_range=(-math.inf, math.inf)):
@@ -178,19 +179,19 @@ def activation_loss(features):
 def information_entropy_loss(logits):
     """L_ie, Eq. 6: minus the entropy of the mean prediction; lowest when a batch covers all classes evenly.
 
-    Logits (N, K) to sum p log10 p, from -log10 K to 0, with p the mean softmax and 0 log 0 = 0. The decimal logarithm
-    is the released code's, to whose scale beta belongs.
+    Logits (N, K) to sum p log10 p, from -log10 K to 0, with p the mean softmax and 0 log 0 = 0. Eq. 6 has a factor 1/K
+    besides; this is the released code's scale, to which beta belongs.
     """
     p = logits.softmax(1).mean(0)
     return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log10()).sum()
 
 
 def kd_loss(student_logits, teacher_logits, temperature=1.0):
-    """L_KD, Eq. 1: Kullback-Leibler divergence of the student's softmax from the teacher's, in nats, batch mean.
+    """L_KD, Eq. 1: the Kullback-Leibler divergence KL(teacher || student) in nats, batch mean; both logits (N, K).
 
-    Both logits (N, K). Eq. 1's cross-entropy less the teacher's entropy: the same gradient, and 0 when both agree.
-    Eq. 1 has temperature 1. A higher one shows how the teacher ranks the classes it rules out; the divergence is then
-    multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
+    At temperature 1 it is Eq. 1's cross-entropy less the teacher's entropy: the student's gradient is the same, and it
+    is 0 when both agree. A higher temperature shows how the teacher ranks the classes it rules out; the divergence is
+    then multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
     """
     log_q, p = (student_logits / temperature).log_softmax(1), (teacher_logits / temperature).softmax(1)
     return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
@@ -212,9 +213,8 @@ def distill(teacher, student, generator, *, steps, batch_size=64, optimizer_g=No
 
     Teacher and student are modules that give (logits, features); the teacher is frozen. The generator has a latent_dim.
     Optimizers default to Adam at rates of 0.01 (generator) and 0.002 (student), and a schedule can be stepped between
-    turns. oh, alpha and beta weigh the generator's losses; the paper has oh 1, and temperature 1 in L_KD. Yields
-    (l_oh, l_a, l_ie, l_kd), detached.
-    A Memory, beyond the paper, adds student updates on past images.
+    turns. oh, alpha and beta weigh the generator's losses; the paper has oh 1, and temperature 1 in L_KD. A Memory,
+    beyond the paper, adds student updates on past images to each turn. Yields (l_oh, l_a, l_ie, l_kd), detached.
     """
     teacher.eval().requires_grad_(False)
     student.train()
@@ -238,7 +238,7 @@ def distill(teacher, student, generator, *, steps, batch_size=64, optimizer_g=No
         yield tuple(loss.detach() for loss in (l_oh, l_a, l_ie, l_kd))
 
 
-# --- Beyond the paper: past images, distorted, feed many more student updates than the generator alone can ----------
+# --- Beyond the paper: images are dear to draw and cheap to learn from, so past ones come again, distorted -----------
 
 
 def distort(images, strength=0.15):
@@ -294,9 +294,10 @@ DATASETS = {  # torchvision's class, number of classes, mean and deviation of th
     "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
-# What a recipe sets; "released" is the authors' code. _t is the teacher's, _s the student's. Where drops is None, the
-# learning rate rises to its value over a sixth of the steps and then falls to 0; else it falls to a tenth after these
-# shares of the steps. The pixel range is MNIST's from black, (0 - mean) / deviation, to white, (1 - mean) / deviation.
+# What a recipe sets; "released" has the authors' values. _t is the teacher's, _s the student's, _g the generator's,
+# whose learning rate is constant. Where drops is None, a rate rises to its value over a sixth of the steps and then
+# falls to 0; else it falls to a tenth after each of these shares of the steps. The pixel range is MNIST's, from black,
+# (0 - mean) / deviation, to white, (1 - mean) / deviation.
 UNCUT = (-math.inf, math.inf)
 MNIST = dict(latent_dim=100, oh=1.0, alpha=0.1, beta=5.0, distortion=0.15, width=1.0, teacher_epochs=9, lr_t=1e-3,
     batch_size_t=256)  # fmt: skip
@@ -377,15 +378,15 @@ def make_optimizer(network, lr, steps, drops):
     return optimizer, MultiStepLR(optimizer, [round(drop * steps) for drop in drops])
 
 
-def train_teacher(teacher, images, labels, optimizer, *, steps, batch_size=256, augment=nn.Identity()):
-    """Train a classifier, in place, on batches drawn from images (N, C, H, W) with labels (N,).
+def train_classifier(network, images, labels, optimizer, *, steps, batch_size=256, augment=nn.Identity()):
+    """Train a classifier, in place, on batches drawn with replacement from images (N, C, H, W) with labels (N,).
 
     An iterator: each turn is a step and yields its cross-entropy, detached, in a tuple.
     """
-    teacher.train()
+    network.train()
     for _ in range(steps):
         picked = torch.randint(len(images), (batch_size,), device=images.device)
-        loss = F.cross_entropy(teacher(augment(images[picked]))[0], labels[picked])
+        loss = F.cross_entropy(network(augment(images[picked]))[0], labels[picked])
         descend(optimizer, loss)
         yield (loss.detach(),)
 
@@ -444,11 +445,11 @@ def accelerate(network, device, precision):
     return BFloat16(network) if precision == "bf16" and not isinstance(network, LeNet5) else network
 
 
-# --- A run and its files: whole or not at all, tensors and plain values only -----------------------------------------
+# --- A run and its files ---------------------------------------------------------------------------------------------
 
 
 def write_file(path, write):
-    """Let write(buffer) say what a file is to hold; it gets its name once it is whole. Raises OSError if that fails."""
+    """Write a file whole or not at all: write(buffer) says what it is to hold. Raises OSError if that fails."""
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     write(buffer)
     temporary.write_bytes(buffer.getbuffer())
@@ -467,10 +468,11 @@ def read_file(path, network=None):
 
 
 def train(stage, losses, names, steps, parts, out, test_set, saved, settings, snapshot=None):
-    """Take `steps` turns of an iterator over losses; print and log the first and each tenth of them.
+    """Take `steps` turns of an iterator over tuples of losses, named by `names`; report the first turn and ten others.
 
-    The checkpoint, never much more than a minute old, has the state of the parts, the stage's network and its schedule
-    among them, and the random state. Gives a list of what snapshot() gave at each report.
+    A report is a line on the screen and in log.csv. The checkpoint, never much more than a minute old, has the state of
+    the parts (by name; the stage's network and its schedule are among them) and the random state; `saved` is one to go
+    on from, or {}. Gives a list of what snapshot() gave at each report.
     """
     device = test_set[0].device
     random = torch if device.type == "cpu" else torch.get_device_module(device)
@@ -501,7 +503,8 @@ def train(stage, losses, names, steps, parts, out, test_set, saved, settings, sn
             minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
             columns = "".join(f"{loss:9.3f}" for loss in turn)
             print(f"{step:8,}{columns}{accuracy:10.2%}{minutes:5}:{rest:02}", flush=True)
-            snapshots += [snapshot()] if snapshot else []
+            if snapshot:
+                snapshots.append(snapshot())
         if save:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(stage=stage, step=step, seconds=seconds, snapshots=snapshots, settings=settings)
@@ -549,7 +552,7 @@ def save_pictures(out, draw, teacher, num_classes, test_images, test_labels, sna
 
 
 def number(kind, least):
-    """An argparse type: an int or float from `least` on, below 2**62, which every seed has to be."""
+    """An argparse type: an int or float of at least `least`, and below 2**62, where a seed still fits."""
 
     def number(text):
         value = kind(text)
@@ -580,7 +583,7 @@ def parse_args(argv=None):
     add("--recipe", help="whence the defaults", choices=("fast", "released"), default="fast")
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES[chosen.dataset][chosen.recipe])
-    add("--images", help="what the student learns from (Table 1); labels: real images, without the teacher",
+    add("--images", help="what the student learns from (Table 1); labels: real images and their labels",
         choices=("generator", "noise", "real", "labels"), default="generator")  # fmt: skip
     add("--steps", help="steps of Algorithm 1", type=number(int, 1), metavar="N")
     add("--batch-size", help="images that the generator draws in a step", type=number(int, 2), metavar="N")
@@ -614,10 +617,12 @@ def run(args):
     if not args.resume and any(out.glob("*.pt")):
         hint = "add --resume to go on with the run in it, or " if (out / "checkpoint.pt").exists() else ""
         raise UserError(f"{out} has the files of another run: {hint}choose another --out-dir")
-    saved = read_file(out / "checkpoint.pt") if args.resume else {}
-    for name, value in settings.items() if args.resume else ():
-        if (begun := saved.get("settings", {}).get(name)) != value:
-            raise UserError(f"cannot resume: {out / 'checkpoint.pt'} has {name} {begun}, not {value}")
+    saved = {}
+    if args.resume:
+        saved = read_file(out / "checkpoint.pt")
+        for name, value in settings.items():
+            if (begun := saved.get("settings", {}).get(name)) != value:
+                raise UserError(f"cannot resume: {out / 'checkpoint.pt'} has {name} {begun}, not {value}")
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
     teacher_file = args.teacher or out / "teacher.pt"
@@ -641,10 +646,11 @@ def run(args):
         steps = args.teacher_epochs * math.ceil(len(train_set[0]) / args.batch_size_t)
         optimizer, schedule = make_optimizer(teacher, args.lr_t, steps, args.drops_t)
         parts = dict(teacher=teacher, optimizer=optimizer, schedule=schedule)
-        train_stage("teacher", train_teacher(fast_teacher, *train_set, optimizer, steps=steps,
+        train_stage("teacher", train_classifier(fast_teacher, *train_set, optimizer, steps=steps,
             batch_size=args.batch_size_t, augment=augment), ["loss"], steps, parts)  # fmt: skip
         write_file(teacher_file, partial(torch.save, teacher.state_dict()))
-    train_set = train_set if from_data else ()
+    if not from_data:
+        train_set = ()
     fast_teacher.eval()
     accuracies = {"teacher": evaluate(teacher, *test_set)}
     print(f"\nteacher accuracy   {accuracies['teacher']:.2%} ({teacher_file})", flush=True)
@@ -657,17 +663,17 @@ def run(args):
     draw, snapshots = train_student(args, fast_teacher, student, train_set, augment, test_set[0].shape[1:], train_stage)
     write_file(out / "student.pt", partial(torch.save, student.state_dict()))
     save_pictures(out, draw, fast_teacher, num_classes, *test_set, snapshots)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
     accuracies["student"] = evaluate(student, *test_set)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"\nstudent accuracy   {accuracies['student']:.2%} on {len(test_set[0]):,} test images, after its last step")
-    print(f"real images seen   {len(train_set[0]) if from_data else 0:,} by the student")
+    print(f"trained on         {len(train_set[0]) if from_data else 0:,} real images")
     return accuracies
 
 
 def train_student(args, teacher, student, train_set, augment, image_shape, train_stage):
     """Train the student on what --images says; gives draw(n), images (n, C, H, W) such as it saw, and snapshots."""
     device = torch.device(args.device)
-    steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)
+    steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # as many student updates
     fast_student = accelerate(student, device, args.precision)
     optimizer, schedule = make_optimizer(student, args.lr_s, steps, args.drops_s)
     parts = dict(student=student, optimizer=optimizer, schedule=schedule)
@@ -677,7 +683,7 @@ def train_student(args, teacher, student, train_set, augment, image_shape, train
         return augment(train_set[0][torch.randint(len(train_set[0]), (n,), device=device)])
 
     if args.images == "labels":
-        losses = train_teacher(fast_student, *train_set, optimizer, **options, augment=augment)
+        losses = train_classifier(fast_student, *train_set, optimizer, **options, augment=augment)
         return draw_real, train_stage("student", losses, ["loss"], steps, parts)
     if args.images != "generator":
         draw = draw_real if args.images == "real" else lambda n: torch.randn(n, *image_shape, device=device)

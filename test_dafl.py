@@ -364,14 +364,14 @@ def test_only_baselines_on_data_open_training_images(command, out, monkeypatch, 
     monkeypatch.setattr(dafl, "load_dataset", guarded)
     for images in ("generator", "noise"):
         dafl.main([*command, "--images", images, "--out-dir", str(out / images)])
-        assert "real images seen   0 by the student" in capsys.readouterr().out
+        assert "trained on         0 real images" in capsys.readouterr().out
     for images in ("real", "labels"):
         with pytest.raises(AssertionError, match="training images"):
             dafl.main([*command, "--images", images, "--out-dir", str(out / images)])
     monkeypatch.undo()
     for images in ("real", "labels"):
         dafl.main([*command, "--images", images, "--out-dir", str(out / images)])
-        assert "real images seen   60,000 by the student" in capsys.readouterr().out
+        assert "trained on         60,000 real images" in capsys.readouterr().out
     for folder in (out / "noise", out / "real", out / "labels"):
         assert (folder / "student.pt").exists() and not (folder / "generator.pt").exists()
         assert read_log(folder)[-1]["step"] == "9", "as many updates as with a generator: 3 of 8 images, 6 on past ones"
@@ -513,7 +513,7 @@ def fails(command, capsys):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    for loop in ("train_teacher", "distill", "distill_on"):
+    for loop in ("train_classifier", "distill", "distill_on"):
         monkeypatch.setattr(dafl, loop, lambda *args, **kwargs: pytest.fail("training began"))
 
 
