@@ -136,7 +136,7 @@ class Generator(nn.Module):
     The last BatchNorm has no parameters: over a batch each channel has mean 0 and variance 1, as normalised data have.
     Two others have an eps of 0.8, as in the released code. Beyond the paper, pixels can then be cut to a `pixel_range`,
     black to white: the losses do not care which sign a stroke has, and now and then a generator draws black on white. A
-    range that lies mostly above 0, as that of the digits, leaves no room for it.
+    range that lies mostly above 0, as that of the digits, makes that rarer.
     """
 
     def __init__(self, latent_dim=100, channels=1, image_size=32, pixel_range=(-math.inf, math.inf)):
@@ -467,6 +467,21 @@ def read_file(path, network=None):
     return content
 
 
+def find_checkpoint(out, resume, settings):
+    """The checkpoint of a run of these settings that is to be resumed, else {}. Raises UserError if neither can be."""
+    path = out / "checkpoint.pt"
+    if not resume:
+        if any(out.glob("*.pt")):
+            hint = "add --resume to go on with the run in it, or " if path.exists() else ""
+            raise UserError(f"{out} has the files of another run: {hint}choose another --out-dir")
+        return {}
+    saved = read_file(path)
+    for name, value in settings.items():
+        if (begun := saved.get("settings", {}).get(name)) != value:
+            raise UserError(f"cannot resume: {path} has {name} {begun}, not {value}")
+    return saved
+
+
 def train(stage, losses, names, steps, parts, out, test_set, saved, settings, snapshot=None):
     """Take `steps` turns of an iterator over tuples of losses, named by `names`; report the first turn and ten others.
 
@@ -614,15 +629,7 @@ def run(args):
     out, device, mnist = args.out_dir, torch.device(args.device), args.dataset == "mnist"
     num_classes = DATASETS[args.dataset][1]
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out_dir", "resume")}
-    if not args.resume and any(out.glob("*.pt")):
-        hint = "add --resume to go on with the run in it, or " if (out / "checkpoint.pt").exists() else ""
-        raise UserError(f"{out} has the files of another run: {hint}choose another --out-dir")
-    saved = {}
-    if args.resume:
-        saved = read_file(out / "checkpoint.pt")
-        for name, value in settings.items():
-            if (begun := saved.get("settings", {}).get(name)) != value:
-                raise UserError(f"cannot resume: {out / 'checkpoint.pt'} has {name} {begun}, not {value}")
+    saved = find_checkpoint(out, args.resume, settings)
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
     teacher_file = args.teacher or out / "teacher.pt"
