@@ -16,7 +16,7 @@ Then it is tested on real images, from which it has learnt nothing.
     python dafl.py --images noise      # a baseline: the student learns on noise instead
     python dafl.py --help              # every option with its default
 
-The first took 79 s on two cores of an AMD EPYC (Zen 5, bf16, PyTorch 2.14). Its figures:
+The first took 79 to 98 s on two cores of an AMD EPYC (Zen 5, bf16, PyTorch 2.14). Its figures:
 
     teacher accuracy   99.05%
     student accuracy   98.43% on 10,000 test images, after its last step
