@@ -45,9 +45,9 @@ from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import make_grid, save_image
 
 
-# === The method: down to the next double line, it needs math and torch, torch.nn and torch.nn.functional alone ========
+# === The method: down to the next double line, it needs only math and torch ==========================================
 
-# --- Section 3.1: teacher and student. Each gives (logits, features): L_a looks at the features. ---------------------
+# --- Section 3.1: teacher and student, each giving (logits, features), and the loss between them ---------------------
 
 
 class LeNet5(nn.Module):
@@ -127,7 +127,18 @@ def resnet18(num_classes=10, width=1.0):
     return ResNet((2, 2, 2, 2), num_classes, width)
 
 
-# --- Section 3.2: the generator and its three losses, then the student's ---------------------------------------------
+def kd_loss(student_logits, teacher_logits, temperature=1.0):
+    """L_KD, Eq. 1: the Kullback-Leibler divergence KL(teacher || student) in nats, batch mean; both logits (N, K).
+
+    At temperature 1 it is Eq. 1's cross-entropy less the teacher's entropy: the student's gradient is the same, and it
+    is 0 when both agree. A higher temperature shows how the teacher ranks the classes it rules out; the divergence is
+    then multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
+    """
+    log_q, p = (student_logits / temperature).log_softmax(1), (teacher_logits / temperature).softmax(1)
+    return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
+
+
+# --- Section 3.2: the generator and its three losses -----------------------------------------------------------------
 
 
 class Generator(nn.Module):
@@ -186,17 +197,6 @@ def information_entropy_loss(logits):
     return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log10()).sum()
 
 
-def kd_loss(student_logits, teacher_logits, temperature=1.0):
-    """L_KD, Eq. 1: the Kullback-Leibler divergence KL(teacher || student) in nats, batch mean; both logits (N, K).
-
-    At temperature 1 it is Eq. 1's cross-entropy less the teacher's entropy: the student's gradient is the same, and it
-    is 0 when both agree. A higher temperature shows how the teacher ranks the classes it rules out; the divergence is
-    then multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
-    """
-    log_q, p = (student_logits / temperature).log_softmax(1), (teacher_logits / temperature).softmax(1)
-    return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
-
-
 # --- Algorithm 1 -----------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +233,8 @@ def distill(teacher, student, generator, *, steps, batch_size=64, optimizer_g=No
         l_kd = kd_loss(student(images)[0], logits, temperature)
         descend(optimizer_s, l_kd)
         if memory is not None:
-            for past in memory.replay(images):
+            memory.keep(images)
+            for past in memory.replay(batch_size):
                 descend(optimizer_s, kd_loss(student(past)[0], teacher(past)[0], temperature))
         yield tuple(loss.detach() for loss in (l_oh, l_a, l_ie, l_kd))
 
@@ -273,14 +274,17 @@ class Memory(nn.Module):
         self.register_buffer("images", torch.zeros(capacity, *image_shape, dtype=torch.float16))
         self.updates, self.augment = updates, augment
 
-    def replay(self, images):
-        """Keep these images (N, C, H, W); gives `updates` batches as large, drawn from all that are kept."""
+    def keep(self, images):
+        """Put these images (N, C, H, W) in the place of the oldest."""
         slots = (self.count + torch.arange(len(images), device=images.device)) % len(self.images)
         self.images[slots] = images.half()
         self.count += len(images)
+
+    def replay(self, batch_size):
+        """`updates` batches of images (batch_size, C, H, W), drawn from all that are kept, then augmented."""
         filled = self.count.clamp(max=len(self.images))  # a tensor, so that nobody waits for a GPU
-        picked = (torch.rand(self.updates * len(images), device=images.device) * filled).long()
-        return self.augment(self.images[picked].float()).split(len(images))
+        picked = (torch.rand(self.updates * batch_size, device=filled.device) * filled).long()
+        return self.augment(self.images[picked].float()).split(batch_size)
 
 
 # === The experiments of Section 4: from here on there are data sets, files and flags =================================
@@ -449,7 +453,7 @@ def accelerate(network, device, precision):
 
 
 def write_file(path, write):
-    """Write a file whole or not at all: write(buffer) says what it is to hold. Raises OSError if that fails."""
+    """Write a file whole or not at all, what write(buffer) puts into a buffer. Raises OSError, as on a full disk."""
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     write(buffer)
     temporary.write_bytes(buffer.getbuffer())
@@ -473,8 +477,10 @@ def find_checkpoint(out, resume, settings):
     if not resume:
         if any(out.glob("*.pt")):
             hint = "add --resume to go on with the run in it, or " if path.exists() else ""
-            raise UserError(f"{out} has the files of another run: {hint}choose another --out-dir")
+            raise UserError(f"{out} has the files of an earlier run: {hint}choose another --out-dir")
         return {}
+    if not path.exists():
+        raise UserError(f"nothing to resume: there is no {path}")
     saved = read_file(path)
     for name, value in settings.items():
         if (begun := saved.get("settings", {}).get(name)) != value:
@@ -482,7 +488,7 @@ def find_checkpoint(out, resume, settings):
     return saved
 
 
-def train(stage, losses, names, steps, parts, out, test_set, saved, settings, snapshot=None):
+def train(stage, turns, names, steps, parts, out, test_set, saved, settings, snapshot=None):
     """Take `steps` turns of an iterator over tuples of losses, named by `names`; report the first turn and ten others.
 
     A report is a line on the screen and in log.csv. The checkpoint, never much more than a minute old, has the state of
@@ -490,40 +496,40 @@ def train(stage, losses, names, steps, parts, out, test_set, saved, settings, sn
     on from, or {}. Gives a list of what snapshot() gave at each report.
     """
     device = test_set[0].device
-    random = torch if device.type == "cpu" else torch.get_device_module(device)
+    rng = torch if device.type == "cpu" else torch.get_device_module(device)
     done, seconds, snapshots = 0, 0.0, []
     if saved.get("stage") == stage:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        random.set_rng_state(saved["random"])
+        rng.set_rng_state(saved["random"])
         os.truncate(out / "log.csv", saved["log_size"])
         done, seconds, snapshots = saved["step"], saved["seconds"], saved["snapshots"]
     started_at, saved_at = time.monotonic() - seconds, -math.inf
     print(f"\n{stage:>8}" + "".join(f"{name:>9}" for name in names) + "  accuracy    left", flush=True)
-    for step, turn in zip(range(done + 1, steps + 1), losses):
+    for step, losses in zip(range(done + 1, steps + 1), turns):
         parts["schedule"].step()
         seconds = time.monotonic() - started_at
         report = step == 1 or 10 * step % steps < 10
-        save = seconds - saved_at >= CHECKPOINT_SECONDS
-        if not (report or save):
+        due = seconds - saved_at >= CHECKPOINT_SECONDS
+        if not (report or due):
             continue
-        turn = torch.stack(turn).tolist()
-        if not all(map(math.isfinite, turn)):
+        losses = torch.stack(losses).tolist()
+        if not all(map(math.isfinite, losses)):
             raise UserError(f"a loss is not finite at step {step:,} of the {stage}: try lower learning rates")
         if report:
             accuracy = evaluate(parts[stage], *test_set)
             row = dict(stage=stage, step=step, seconds=round(seconds, 2), accuracy=accuracy)
             with open(out / "log.csv", "a", newline="") as file:
-                csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow(row | dict(zip(names, turn)))
+                csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow(row | dict(zip(names, losses)))
             minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
-            columns = "".join(f"{loss:9.3f}" for loss in turn)
+            columns = "".join(f"{loss:9.3f}" for loss in losses)
             print(f"{step:8,}{columns}{accuracy:10.2%}{minutes:5}:{rest:02}", flush=True)
             if snapshot:
                 snapshots.append(snapshot())
-        if save:
+        if due:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(stage=stage, step=step, seconds=seconds, snapshots=snapshots, settings=settings)
-            state |= dict(random=random.get_rng_state(), log_size=os.path.getsize(out / "log.csv"))
+            state |= dict(stage=stage, step=step, seconds=seconds, snapshots=snapshots, settings=settings,
+                random=rng.get_rng_state(), log_size=os.path.getsize(out / "log.csv"))  # fmt: skip
             write_file(out / "checkpoint.pt", partial(torch.save, state))
             saved_at = seconds
     return snapshots
@@ -548,19 +554,19 @@ def save_pictures(out, draw, teacher, num_classes, test_images, test_labels, sna
     Figure 2: the mean of the images that the teacher takes for each class (top), and of the real test images (bottom).
     With snapshots, what one batch of noise gave in the course of training, samples.gif shows these in such columns.
     """
-    images = torch.cat([draw(500) for _ in range(num_classes // 5)])
-    classes = torch.cat([teacher(batch)[0].argmax(1) for batch in images.split(500)])
+    batches = [draw(500) for _ in range(num_classes // 5)]  # some 100 images a class
+    images, classes = torch.cat(batches), torch.cat([teacher(batch)[0].argmax(1) for batch in batches])
     pairs = (images, classes), (test_images, test_labels)
     means = torch.stack([x[y == k].mean(0).nan_to_num() for x, y in pairs for k in range(num_classes)])
-    figure_2 = make_grid(means, num_classes, normalize=True, scale_each=True, pad_value=0.5)
+    figure_2 = in_columns(means, torch.arange(num_classes, device=means.device).repeat(2), num_classes, rows=2)
     samples = in_columns(images, classes, num_classes, rows=8)
     write_file(out / "class_means.png", partial(save_image, figure_2, format="png"))
     write_file(out / "samples.png", partial(save_image, samples, format="png"))
     if snapshots:
         classes = teacher(snapshots[-1].to(images))[0].argmax(1).cpu()
         film = [transforms.to_pil_image(in_columns(shot.float(), classes, num_classes, rows=4)) for shot in snapshots]
-        save = partial(film[0].save, format="gif", save_all=True, append_images=film[1:], duration=300, loop=0)
-        write_file(out / "samples.gif", save)
+        write = partial(film[0].save, format="gif", save_all=True, append_images=film[1:], duration=300, loop=0)
+        write_file(out / "samples.gif", write)
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -569,13 +575,14 @@ def save_pictures(out, draw, teacher, num_classes, test_images, test_labels, sna
 def number(kind, least):
     """An argparse type: an int or float of at least `least`, and below 2**62, where a seed still fits."""
 
-    def number(text):
+    def check(text):
         value = kind(text)
         if not least <= value < 2**62:
             raise argparse.ArgumentTypeError(f"must be at least {least} and below 2**62, not {text}")
         return value
 
-    return number
+    check.__name__ = kind.__name__  # argparse then says "invalid int value"
+    return check
 
 
 def has_fast_bf16(device):
@@ -594,14 +601,15 @@ def parse_args(argv=None):
         description="Data-Free Learning of Student Networks (ICCV 2019). Defaults are those of the data set and recipe",
     )  # fmt: skip
     add = parser.add_argument
+    # The other defaults depend on these two.
     add("--dataset", help="what the teacher knows", choices=DATASETS, default="mnist")
     add("--recipe", help="whence the defaults", choices=("fast", "released"), default="fast")
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES[chosen.dataset][chosen.recipe])
-    add("--images", help="what the student learns from (Table 1); labels: real images and their labels",
+    add("--images", help="what the student learns from (Table 1); labels: real ones, not the teacher's",
         choices=("generator", "noise", "real", "labels"), default="generator")  # fmt: skip
     add("--steps", help="steps of Algorithm 1", type=number(int, 1), metavar="N")
-    add("--batch-size", help="images that the generator draws in a step", type=number(int, 2), metavar="N")
+    add("--batch-size", help="images in a batch of the student's", type=number(int, 2), metavar="N")
     add("--lr-g", help="learning rate of the generator", type=number(float, 0), metavar="X")
     add("--lr-s", help="learning rate of the student", type=number(float, 0), metavar="X")
     add("--oh", help="weight of the one-hot loss, Eq. 4", type=number(float, 0), metavar="X")
@@ -613,8 +621,8 @@ def parse_args(argv=None):
     add("--teacher", help="state dict of a teacher, so that none is trained", type=Path, metavar="FILE")
     add("--out-dir", help="new folder for the results; None is runs/ and the flags", type=Path, metavar="OUT")
     add("--seed", help="seed of everything random", type=number(int, 0), default=0, metavar="N")
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    add("--device", help="where to compute", choices=there, default=there[0])
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    add("--device", help="where to compute", choices=devices, default=devices[0])
     add("--resume", action="store_true", help="go on with a stopped run of the same flags")
     add("--help", action="help", help="show this and stop")
     args = parser.parse_args(argv)
@@ -624,62 +632,9 @@ def parse_args(argv=None):
     return args
 
 
-def run(args):
-    """Check everything, train the teacher if need be, then the student, and fill OUT. Gives both accuracies."""
-    out, device, mnist = args.out_dir, torch.device(args.device), args.dataset == "mnist"
-    num_classes = DATASETS[args.dataset][1]
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out_dir", "resume")}
-    saved = find_checkpoint(out, args.resume, settings)
-    torch.manual_seed(args.seed)
-    teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
-    teacher_file = args.teacher or out / "teacher.pt"
-    to_train = not args.teacher and saved.get("stage") != "student"
-    if not to_train:
-        read_file(teacher_file, teacher)
-    test_set = load_dataset(args.dataset, "test", device=device)
-    from_data = args.images in ("real", "labels")
-    train_set = load_dataset(args.dataset, "train", device=device) if to_train or from_data else ()
-    out.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        (out / "settings.json").write_text(json.dumps(settings))
-        (out / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n")
-    where = f"{device}, {torch.get_num_threads()} threads, {args.precision}"
-    print(f"DAFL on {args.dataset} with images from: {args.images} ({args.recipe} recipe, seed {args.seed}; {where})")
-
-    train_stage = partial(train, out=out, test_set=test_set, saved=saved, settings=settings)
-    fast_teacher = accelerate(teacher, device, args.precision)
-    augment = nn.Identity() if mnist else lambda images: cutout(crop_and_flip(images), args.cutout)
-    if to_train:
-        steps = args.teacher_epochs * math.ceil(len(train_set[0]) / args.batch_size_t)
-        optimizer, schedule = make_optimizer(teacher, args.lr_t, steps, args.drops_t)
-        parts = dict(teacher=teacher, optimizer=optimizer, schedule=schedule)
-        train_stage("teacher", train_classifier(fast_teacher, *train_set, optimizer, steps=steps,
-            batch_size=args.batch_size_t, augment=augment), ["loss"], steps, parts)  # fmt: skip
-        write_file(teacher_file, partial(torch.save, teacher.state_dict()))
-    if not from_data:
-        train_set = ()
-    fast_teacher.eval()
-    accuracies = {"teacher": evaluate(teacher, *test_set)}
-    print(f"\nteacher accuracy   {accuracies['teacher']:.2%} ({teacher_file})", flush=True)
-    if args.teacher:
-        record = teacher_file.with_name("settings.json")
-        print(f"made with          {record.read_text() if record.exists() else 'settings unknown'}")
-
-    torch.manual_seed(args.seed)  # again: the same student whether its teacher was trained, read or resumed
-    student = LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width)
-    draw, snapshots = train_student(args, fast_teacher, student, train_set, augment, test_set[0].shape[1:], train_stage)
-    write_file(out / "student.pt", partial(torch.save, student.state_dict()))
-    save_pictures(out, draw, fast_teacher, num_classes, *test_set, snapshots)
-    accuracies["student"] = evaluate(student, *test_set)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"\nstudent accuracy   {accuracies['student']:.2%} on {len(test_set[0]):,} test images, after its last step")
-    print(f"trained on         {len(train_set[0]) if from_data else 0:,} real images")
-    return accuracies
-
-
 def train_student(args, teacher, student, train_set, augment, image_shape, train_stage):
     """Train the student on what --images says; gives draw(n), images (n, C, H, W) such as it saw, and snapshots."""
-    device = torch.device(args.device)
+    device = args.device
     steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # as many student updates
     fast_student = accelerate(student, device, args.precision)
     optimizer, schedule = make_optimizer(student, args.lr_s, steps, args.drops_s)
@@ -715,6 +670,59 @@ def train_student(args, teacher, student, train_set, augment, image_shape, train
     return lambda n: fast_generator(torch.randn(n, args.latent_dim, device=device)), snapshots
 
 
+def run(args):
+    """Check everything, train the teacher if need be, then the student, and fill OUT. Gives both accuracies."""
+    out, device, mnist = args.out_dir, args.device, args.dataset == "mnist"
+    num_classes = DATASETS[args.dataset][1]
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out_dir", "resume")}
+    saved = find_checkpoint(out, args.resume, settings)
+    torch.manual_seed(args.seed)
+    teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
+    teacher_file = args.teacher or out / "teacher.pt"
+    to_train = not args.teacher and saved.get("stage") != "student"
+    if not to_train:
+        read_file(teacher_file, teacher)
+    test_set = load_dataset(args.dataset, "test", device=device)
+    from_data = args.images in ("real", "labels")
+    train_set = load_dataset(args.dataset, "train", device=device) if to_train or from_data else ()
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        (out / "settings.json").write_text(json.dumps(settings))
+        (out / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n")
+    where = f"{device}, {torch.get_num_threads()} threads, {args.precision}"
+    print(f"DAFL on {args.dataset} with images from: {args.images} ({args.recipe} recipe, seed {args.seed}; {where})")
+
+    train_stage = partial(train, out=out, test_set=test_set, saved=saved, settings=settings)
+    fast_teacher = accelerate(teacher, device, args.precision)
+    augment = nn.Identity() if mnist else lambda images: cutout(crop_and_flip(images), args.cutout)
+    if to_train:
+        steps = args.teacher_epochs * math.ceil(len(train_set[0]) / args.batch_size_t)
+        optimizer, schedule = make_optimizer(teacher, args.lr_t, steps, args.drops_t)
+        parts = dict(teacher=teacher, optimizer=optimizer, schedule=schedule)
+        train_stage("teacher", train_classifier(fast_teacher, *train_set, optimizer, steps=steps,
+            batch_size=args.batch_size_t, augment=augment), ["loss"], steps, parts)  # fmt: skip
+        write_file(teacher_file, partial(torch.save, teacher.state_dict()))
+    if not from_data:
+        train_set = ()
+    fast_teacher.eval()
+    teacher_accuracy = evaluate(teacher, *test_set)
+    print(f"\nteacher accuracy   {teacher_accuracy:.2%} ({teacher_file})", flush=True)
+    if args.teacher:
+        record = teacher_file.with_name("settings.json")
+        print(f"made with          {record.read_text() if record.exists() else 'settings unknown'}")
+
+    torch.manual_seed(args.seed)  # again: the same student whether its teacher was trained, read or resumed
+    student = LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width)
+    draw, snapshots = train_student(args, fast_teacher, student, train_set, augment, test_set[0].shape[1:], train_stage)
+    write_file(out / "student.pt", partial(torch.save, student.state_dict()))
+    save_pictures(out, draw, fast_teacher, num_classes, *test_set, snapshots)
+    student_accuracy = evaluate(student, *test_set)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"\nstudent accuracy   {student_accuracy:.2%} on {len(test_set[0]):,} test images, after its last step")
+    print(f"trained on         {len(train_set[0]) if from_data else 0:,} real images")
+    return {"teacher": teacher_accuracy, "student": student_accuracy}
+
+
 def main(argv=None):
     """Run the command line. A mistake ends in one sentence on stderr and exit code 2, Ctrl-C in exit code 130."""
     args = parse_args(argv)
@@ -724,8 +732,8 @@ def main(argv=None):
         print(f"dafl.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as interrupt:
-        there = (args.out_dir / "checkpoint.pt").exists()
-        hint = "repeat the command with --resume to go on" if there else "nothing had been trained"
+        can_resume = (args.out_dir / "checkpoint.pt").exists()
+        hint = "repeat the command with --resume to go on" if can_resume else "nothing had been trained"
         print(f"\ndafl.py: stopped; {hint}", file=sys.stderr)
         raise SystemExit(130) from interrupt
 

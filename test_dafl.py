@@ -230,7 +230,8 @@ def test_distill_needs_three_modules_and_steps_and_leaves_the_teacher_alone():
 def test_memory_keeps_the_latest_images():
     memory = dafl.Memory(30, 4, (1, 2, 2), augment=lambda images: images)
     for value, kept in ((1, {1}), (2, {1, 2}), (3, {2, 3})):
-        batches = memory.replay(torch.full((2, 1, 2, 2), float(value)))
+        memory.keep(torch.full((2, 1, 2, 2), float(value)))
+        batches = memory.replay(2)
         assert [batch.shape for batch in batches] == 30 * [(2, 1, 2, 2)]
         assert set(torch.cat(batches).unique().tolist()) == kept
 
