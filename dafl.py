@@ -565,7 +565,8 @@ def save_pictures(out, draw, teacher, num_classes, test_images, test_labels, sna
     if snapshots:
         classes = teacher(snapshots[-1].to(images))[0].argmax(1).cpu()
         film = [transforms.to_pil_image(in_columns(shot.float(), classes, num_classes, rows=4)) for shot in snapshots]
-        write = partial(film[0].save, format="gif", save_all=True, append_images=film[1:], duration=300, loop=0)
+        write = partial(film[0].save, format="gif", save_all=True, append_images=film[1:], loop=0,
+                        duration=[300] * len(film[1:]) + [2000])
         write_file(out / "samples.gif", write)
 
 
