@@ -43,7 +43,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# === The method: down to the next double line, it needs only math and torch ==========================================
+# === The method: down to the next double line, it needs only PyTorch =================================================
 
 # --- Section 3.1: teacher and student, each giving (logits, features), and the loss between them ---------------------
 
@@ -120,11 +120,10 @@ resnet18 = partial(ResNet, (2, 2, 2, 2))  # the CIFAR student of Tables 3 and 4
 
 
 def kd_loss(student_logits, teacher_logits, temperature=1.0):
-    """L_KD, Eq. 1: the Kullback-Leibler divergence KL(teacher || student) in nats, batch mean; both logits (N, K).
+    """L_KD, Eq. 1 less the teacher's own entropy: KL(teacher || student) in nats, batch mean; both logits (N, K).
 
-    At temperature 1 it is Eq. 1's cross-entropy less the teacher's entropy: the student's gradient is the same, and it
-    is 0 when both agree. A higher temperature shows how the teacher ranks the classes it rules out; the divergence is
-    then multiplied by its square, which keeps the size of the gradient (Hinton et al., 2015).
+    So its gradient is that of Eq. 1, and it is 0 when both agree. A temperature above 1 shows how the teacher ranks the
+    classes that it rules out; its square keeps the size of the gradient (Hinton et al., 2015). Raises ValueError.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -138,15 +137,13 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2), then a 3x3 nn.Conv2d, in one: the same numbers for 2.25 times fewer products.
-
-    A pixel repeated over 2x2 and then weighted by a 3x3 kernel is a pixel weighted by the 4x4 kernel that is the sum of
-    the four shifted ones, and that is a transposed convolution.
-    """
+    """nn.Upsample(scale_factor=2) and a 3x3 nn.Conv2d in one: the same numbers for 2.25 times fewer products."""
 
     def forward(self, x):
+        # A pixel repeated over 2x2 meets the sum of four shifted kernels, which is 4 times their average.
         kernel = 4 * F.avg_pool2d(F.pad(self.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1).transpose(0, 1)
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+        layout = torch.contiguous_format if x.device.type == "mps" else torch.channels_last  # see to_device
+        return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
@@ -207,7 +204,7 @@ def information_entropy_loss(logits):
 
 
 def classify(network, images):
-    """Logits (N, K) and features (N, D) of images (N, C, H, W). Raises ValueError where a network returns others."""
+    """Logits (N, K) and features (N, D) of images (N, C, H, W). Raises ValueError for anything else."""
     outputs = network(images)
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
         raise ValueError("teacher and student must return (logits, features); features are the last layers' input")
@@ -282,17 +279,17 @@ class ReplayBuffer(nn.Module):
 
 
 def cutmix(images):
-    """CutMix (Yun et al., ICCV 2019): beyond a random line, each image (N, C, H, W) shows another one of the batch.
+    """CutMix (Yun et al., ICCV 2019) by half-planes: beyond a random line each image (N, C, H, W) shows another one.
 
-    There are no labels to mix: the teacher is asked what it sees.
+    There are no labels to mix: the teacher says what it sees.
     """
     n, _, height, width = images.shape
-    turn, offset = torch.rand(2, n, 1, 1, 1, device=images.device)
-    angle = 2 * math.pi * turn
+    turns, offset = torch.rand(2, n, 1, 1, 1, device=images.device)
+    angle = 2 * math.pi * turns
     y = torch.linspace(-1, 1, height, device=images.device)[:, None]
     x = torch.linspace(-1, 1, width, device=images.device)
-    near = x * angle.cos() + y * angle.sin() > offset - 0.5
-    return torch.where(near, images, images[torch.randperm(n, device=images.device)])
+    keep = x * angle.cos() + y * angle.sin() > offset - 0.5
+    return torch.where(keep, images, images[torch.randperm(n, device=images.device)])
 
 
 # === The experiments of Section 4: from here on there are data sets, files and flags =================================
@@ -314,12 +311,13 @@ HYPERPARAMETERS = {  # type, least, greatest, help
     "beta":           (float, 0, 1e6, "weight of the information entropy loss, Eq. 6"),
     "temperature":    (float, 1e-3, 1e3, "temperature of L_KD; the paper has 1"),
     "replay":         (int, 0, 1000, "student updates a step on past images; the paper has 0"),
-    "width":          (float, 0.2, 10, "share of the paper's channels in teacher and student"),
+    "width":          (float, 0.2, 10, "width multiplier of teacher and student"),
     "teacher_epochs": (int, 1, 10**5, "epochs of the teacher's training"),
     "teacher_batch":  (int, 2, 10**5, "images in a batch of the teacher's"),
     "teacher_lr":     (float, 0, 1e6, "learning rate of the teacher"),
 }
-RECIPES = {  # a value for each hyperparameter, in their order; "released" has those of the authors' code
+RECIPES = {  # "released" has the values of the authors' code; the columns are HYPERPARAMETERS, in their order
+    #                          steps  batch latent  lr_g    lr_s    oh  alpha  beta   T replay width | teacher's
     ("mnist", "fast"):        (400,       64,  100,  0.01,  2.5e-3, 1.0,  0.1,  5.0, 4.0, 24, 1.0,    9, 256, 1e-3),
     ("mnist", "released"):    (24_000,   512,  100,  0.2,   2.0e-3, 1.0,  0.1,  5.0, 1.0,  0, 1.0,    9, 256, 1e-3),
     ("cifar10", "fast"):      (4_000,    128,  256,  0.001, 0.1,    1.0,  0.01, 5.0, 4.0,  4, 0.25,  40, 128, 0.1),
@@ -440,22 +438,25 @@ def make_optimizer(network, lr, steps, recipe, milestones):
 
 @contextmanager
 def run_folder(name, resume=None):
-    """The folder to resume, or a new one: runs/NAME, runs/NAME-2 and so on. No other process can use it meanwhile."""
+    """The folder to resume, or a new one: runs/NAME, runs/NAME-2 and so on. Where there are locks, no other run uses it."""
     folder, number = Path(resume or "runs"), 1
+    if not resume:
+        Path("runs").mkdir(exist_ok=True)
     while not resume:
         try:
             folder = Path("runs", name if number == 1 else f"{name}-{number}")
-            folder.mkdir(parents=True)
+            folder.mkdir()
             break
         except FileExistsError:
             number += 1
     lock = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"the run in {folder} is still going on") from None
         yield folder
-    except BlockingIOError:
-        raise UserError(f"the run in {folder} is still going on") from None
     finally:
         if fcntl:
             os.close(lock)
@@ -473,12 +474,12 @@ def save(content, path):
     os.replace(temporary, path)
 
 
-def fit(stage, step, steps, parts, state, folder, test_set, draw=None):
-    """The training loop of both stages, "teacher" and "student": calls step() `steps` times, reports, saves checkpoints.
+def fit(stage, train_step, steps, parts, state, folder, test_set, draw=None):
+    """The training loop of both stages, "teacher" and "student": train_step() `steps` times, reports, checkpoints.
 
-    step() makes one update and returns its losses by name. parts are what has a state_dict, by name: the networks, of
-    which parts[stage] is tested, the optimizers, and the schedule of a learning rate. state is all else that makes up a
-    checkpoint. Each of some eleven reports is a line on the screen and in log.csv, and a draw() in state["film"].
+    train_step() makes one update and returns its losses by name. parts are what has a state_dict, by name: parts[stage]
+    is the network to test, "schedule" that of its learning rate. state is the rest of a checkpoint. Each of some eleven
+    reports is a line on the screen and in log.csv and, if draw is given, a draw() more in state["film"].
     """
     device = test_set[0].device
     rng = torch if device.type == "cpu" else torch.get_device_module(device)
@@ -492,38 +493,38 @@ def fit(stage, step, steps, parts, state, folder, test_set, draw=None):
     else:
         state |= {"stage": stage, "step": 0, "seconds": 0.0}
     started_at, saved_at = time.monotonic() - state["seconds"], -math.inf
-    for number in range(state["step"] + 1, steps + 1):
-        losses = step()
+    for step in range(state["step"] + 1, steps + 1):
+        losses = train_step()
         parts["schedule"].step()
-        if number == state["step"] + 1:
-            print(f"\n{stage:>8}" + "".join(f"{name:>9}" for name in losses) + "  accuracy    left", flush=True)
+        if step == state["step"] + 1:
+            print(f"\n{stage:>8}" + "".join(f"{name:>9}" for name in losses) + "  accuracy    left")
         seconds = time.monotonic() - started_at
-        report = number == 1 or 10 * number % steps < 10
+        report = step == 1 or 10 * step % steps < 10  # each tenth
         due = seconds - saved_at >= CHECKPOINT_SECONDS
         if not (report or due):
             continue
         networks = [part for part in parts.values() if isinstance(part, nn.Module)]
-        numbers = [*losses.values(), *(tensor for network in networks for tensor in network.state_dict().values())]
-        if not all(tensor.isfinite().all() for tensor in numbers):
+        tensors = [*losses.values(), *(tensor for network in networks for tensor in network.state_dict().values())]
+        if not all(tensor.isfinite().all() for tensor in tensors):
             raise UserError(
-                f"step {number:,} of the {stage} is not finite: a damaged teacher, or too high a learning rate"
+                f"step {step:,} of the {stage} is not finite: a damaged teacher, or a learning rate too high"
             )
         if report:
             accuracy = evaluate(parts[stage], *test_set)
-            row = {"stage": stage, "step": number, "seconds": round(seconds, 2), "accuracy": accuracy}
+            row = {"stage": stage, "step": step, "seconds": round(seconds, 2), "accuracy": accuracy}
             state["log"].append(row | {name: loss.item() for name, loss in losses.items()})
             with open(folder / "log.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, LOG_COLUMNS)
                 writer.writeheader()
                 writer.writerows(state["log"])
-            minutes, rest = divmod(round(seconds / number * (steps - number)), 60)
+            minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
             columns = "".join(f"{loss:9.3f}" for loss in losses.values())
-            print(f"{number:8,}{columns}{accuracy:10.2%}{minutes:5}:{rest:02}", flush=True)
+            print(f"{step:8,}{columns}{accuracy:10.2%}{minutes:5}:{rest:02}")
             if draw:
                 state["film"].append(draw())
         if due:
             states = {name: part.state_dict() for name, part in parts.items()}
-            save(state | {"step": number, "seconds": seconds, "parts": states}, folder / "checkpoint.pt")
+            save(state | {"step": step, "seconds": seconds, "parts": states}, folder / "checkpoint.pt")
             saved_at = seconds
 
 
@@ -602,18 +603,15 @@ def run(args, folder, state):
     from_data = args.images in ("real", "labels")
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
-    with reading(args.teacher or folder / "checkpoint.pt"):
-        if state["stage"] == "student":
-            teacher.load_state_dict(state["parts"]["teacher"])
-        elif args.teacher:
-            teacher.load_state_dict(torch.load(args.teacher, map_location="cpu", weights_only=True))
-    trained = args.teacher or state["stage"] == "student"
+    teacher_file = folder / "teacher.pt" if state["stage"] == "student" else args.teacher
+    if teacher_file:
+        with reading(teacher_file):
+            teacher.load_state_dict(torch.load(teacher_file, map_location="cpu", weights_only=True))
     to_device(teacher, device, bf16)
     test_set = load_dataset(args.dataset, "test", device=device)
-    train_set = load_dataset(args.dataset, "train", device=device) if from_data or not trained else None
-    print(
-        f"DAFL on {args.dataset}: {args.recipe} recipe, seed {args.seed}, on {device}; results in {folder}", flush=True
-    )
+    train_set = load_dataset(args.dataset, "train", device=device) if from_data or not teacher_file else None
+    print(f"DAFL on {args.dataset}: {args.recipe} recipe, seed {args.seed}, on {device}; results in {folder}")
+    run_stage = partial(fit, state=state, folder=folder, test_set=test_set)
 
     def real_batch(n):
         images, labels = train_set
@@ -621,7 +619,7 @@ def run(args, folder, state):
         return augment(images[picked]), labels[picked]
 
     # 1. The teacher
-    if not trained:
+    if not teacher_file:
         steps = args.teacher_epochs * math.ceil(len(train_set[0]) / args.teacher_batch)
         optimizer, schedule = make_optimizer(teacher, args.teacher_lr, steps, args.recipe, (79 / 199, 119 / 199))
         parts = {"teacher": teacher, "optimizer": optimizer, "schedule": schedule}
@@ -629,24 +627,24 @@ def run(args, folder, state):
         def teacher_step():
             return classifier_step(teacher, optimizer, *real_batch(args.teacher_batch))
 
-        fit("teacher", teacher_step, steps, parts, state, folder, test_set)
+        run_stage("teacher", teacher_step, steps, parts)
     if not from_data:
         train_set = None  # gone
     save(teacher.state_dict(), folder / "teacher.pt")
     teacher_accuracy = evaluate(teacher, *test_set)
-    print(f"\nteacher accuracy   {teacher_accuracy:.2%}", flush=True)
+    print(f"\nteacher accuracy   {teacher_accuracy:.2%}")
 
-    # 2. The student and, in all but three rows of Table 1, the generator
+    # 2. The student and, in the last row of Table 1, the generator
     torch.manual_seed(args.seed)  # again: the same student whether its teacher was trained, read or resumed
     student = to_device(LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width), device, bf16)
     steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # as many student updates
     optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, (0.4, 0.8))
-    parts = {"teacher": teacher, "student": student, "optimizer_s": optimizer_s, "schedule": schedule}
+    parts = {"student": student, "optimizer_s": optimizer_s, "schedule": schedule}
     image_shape, draw = test_set[0].shape[1:], None
     if args.images == "generator":
         generator = to_device(Generator(args.latent_dim, image_shape[0]), device, bf16)
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)
-        buffer = ReplayBuffer(min(steps * args.batch_size, 25_600), image_shape).to(device)
+        buffer = ReplayBuffer(min(steps * args.batch_size, 25_600) if args.replay else 0, image_shape).to(device)
         parts |= {"generator": generator, "optimizer_g": optimizer_g, "buffer": buffer}
         z = torch.randn(80, args.latent_dim, device=device)
 
@@ -673,7 +671,7 @@ def run(args, folder, state):
         "real": lambda: kd_step(teacher, student, optimizer_s, real_batch(args.batch_size)[0], args.temperature),
         "labels": lambda: classifier_step(student, optimizer_s, *real_batch(args.batch_size)),
     }
-    fit("student", table_1[args.images], steps, parts, state, folder, test_set, draw)
+    run_stage("student", table_1[args.images], steps, parts, draw=draw)
 
     # 3. The results
     save(student.state_dict(), folder / "student.pt")
@@ -694,8 +692,8 @@ def main(argv=None):
     """
     args = parse_args(argv)
     name = vars(args).pop("name")
-    words = [f"--{flag.replace('_', '-')}={value}" for flag, value in vars(args).items() if value is not None]
-    state = {"words": words, "stage": None, "step": 0, "seconds": 0.0, "log": [], "film": [], "parts": {}}
+    flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in vars(args).items() if value is not None]
+    state = {"flags": flags, "stage": None, "step": 0, "seconds": 0.0, "log": [], "film": [], "parts": {}}
     folder = Path(args.resume or "runs")
     try:
         if args.resume and not (folder / "checkpoint.pt").exists():
@@ -707,10 +705,10 @@ def main(argv=None):
                     state = {key: saved[key] for key in state}
                     if state["stage"] not in ("teacher", "student"):
                         raise ValueError(f"stage {state['stage']}")
-                args = parse_args(state["words"])
+                args = parse_args(state["flags"])
             return run(args, folder, state)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         print(f"dafl.py: error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -721,5 +719,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for paths that the terminal cannot show
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and paths no terminal shows
     main()
