@@ -504,7 +504,7 @@ def fit(stage, train_step, steps, parts, state, folder, test_set, draw=None):
         if not (report or due):
             continue
         networks = [part for part in parts.values() if isinstance(part, nn.Module)]
-        tensors = [*losses.values(), *(tensor for network in networks for tensor in network.state_dict().values())]
+        tensors = [*losses.values(), *(parameter for network in networks for parameter in network.parameters())]
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise UserError(
                 f"step {step:,} of the {stage} is not finite: a damaged teacher, or a learning rate too high"
