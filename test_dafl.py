@@ -156,6 +156,9 @@ def test_generator_gives_images_normalised_like_the_data(channels, size, paramet
     assert images.shape == (16, channels, size, size)
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(channels), atol=1e-3, rtol=0)
     torch.testing.assert_close(images.std((0, 2, 3)), torch.ones(channels), atol=1e-2, rtol=0)
+    generator.pixel_range = (-0.5, 2.0)
+    cut = generator(torch.randn(16, 100)).detach()
+    assert cut.min() == -0.5 and 0 < cut.max() <= 2
 
 
 def test_upsample_conv_is_an_upsampling_and_a_convolution():
