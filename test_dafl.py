@@ -582,8 +582,8 @@ def test_import_prints_and_runs_nothing():
 
 
 def test_readme_commands_parse():
-    commands = re.findall(r"^ *(?:pip install [a-z ]+&& )?python dafl\.py(.*?)(?:#.*)?$", README, re.MULTILINE)
-    assert len(commands) > 5
+    commands = re.findall(r"python dafl\.py([^`#\n]*)", README)
+    assert len(commands) > 8
     for command in commands:
         if not {"--help", "--resume"} & {*command.split()}:
             dafl.parse_args(shlex.split(command))
