@@ -329,6 +329,7 @@ RECIPES = {  # "released" has the values of the authors' code; the columns are H
 # fmt: on
 LOG_COLUMNS = ["stage", "step", "seconds", "loss", "l_oh", "l_a", "l_ie", "l_kd", "accuracy"]
 CHECKPOINT_SECONDS = 60
+BAD_FILE = OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, AssertionError, UnpicklingError
 
 
 class UserError(Exception):
@@ -340,16 +341,7 @@ def reading(source):
     """Turn what a missing, damaged or foreign file raises into a UserError that names the source."""
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        LookupError,
-        EOFError,
-        AssertionError,
-        UnpicklingError,
-    ) as error:
+    except BAD_FILE as error:
         raise UserError(f"cannot use {source}: {' '.join(str(error).split())[:200] or 'it is damaged'}") from error
 
 
@@ -508,7 +500,7 @@ def fit(stage, train_step, steps, parts, state, folder, test_set, draw=None):
         tensors = [*losses.values(), *(parameter for network in networks for parameter in network.parameters())]
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise UserError(
-                f"step {step:,} of the {stage} is not finite: a damaged teacher, or a learning rate too high"
+                f"step {step:,} of the {stage} is not finite: a damaged teacher or too high a learning rate"
             )
         if report:
             accuracy = evaluate(parts[stage], *test_set)
@@ -656,25 +648,24 @@ def run(args, folder, state):
         def draw():
             return generator(z).detach().half().cpu()
 
+    n, temperature = args.batch_size, args.temperature
+
     def generator_step():
-        weights = {"oh": args.oh, "alpha": args.alpha, "beta": args.beta}
-        options = {"batch_size": args.batch_size, "temperature": args.temperature}
-        losses, images = distill_step(teacher, student, generator, optimizer_g, optimizer_s, **weights, **options)
+        options = {"batch_size": n, "oh": args.oh, "alpha": args.alpha, "beta": args.beta, "temperature": temperature}
+        losses, images = distill_step(teacher, student, generator, optimizer_g, optimizer_s, **options)
         if args.replay:
             buffer.add(images)
-            past = cutmix(augment(buffer.sample(args.replay * args.batch_size)))
-            for batch in past.split(args.batch_size):
-                kd_step(teacher, student, optimizer_s, batch, args.temperature)
+            for past in cutmix(augment(buffer.sample(args.replay * n))).split(n):
+                kd_step(teacher, student, optimizer_s, past, temperature)
         return losses
-
-    def draw_noise():
-        return torch.randn(args.batch_size, *image_shape, device=device)
 
     table_1 = {
         "generator": generator_step,
-        "noise": lambda: kd_step(teacher, student, optimizer_s, draw_noise(), args.temperature),
-        "real": lambda: kd_step(teacher, student, optimizer_s, real_batch(args.batch_size)[0], args.temperature),
-        "labels": lambda: classifier_step(student, optimizer_s, *real_batch(args.batch_size)),
+        "noise": lambda: kd_step(
+            teacher, student, optimizer_s, torch.randn(n, *image_shape, device=device), temperature
+        ),
+        "real": lambda: kd_step(teacher, student, optimizer_s, real_batch(n)[0], temperature),
+        "labels": lambda: classifier_step(student, optimizer_s, *real_batch(n)),
     }
     run_stage("student", table_1[args.images], steps, parts, draw=draw)
 

@@ -290,6 +290,7 @@ def test_cutmix_puts_a_part_of_another_image_beside_each():
     assert 0.4 < kept.mean() < 0.9 and kept.std() > 0.1
 
 
+@pytest.mark.skipif(not torch.version.cuda or torch.__version__ < "2.15", reason="pretends a GPU with a CUDA build")
 def test_no_gpu_tensor_meets_a_cpu_tensor():
     with FakeTensorMode(), torch.device("cuda"):
         networks = dafl.LeNet5(), dafl.resnet18(width=0.25)
