@@ -431,7 +431,7 @@ def make_optimizer(network, lr, steps, recipe, milestones):
 
 @contextmanager
 def run_folder(name, resume=None):
-    """The folder to resume, or a new one: runs/NAME, runs/NAME-2 and so on. Where there are locks, no other run uses it."""
+    """The folder to resume, or a new one: runs/NAME, runs/NAME-2 and so on; locked, where the system has locks."""
     folder, number = Path(resume or "runs"), 1
     if not resume:
         Path("runs").mkdir(exist_ok=True)

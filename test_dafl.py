@@ -1,4 +1,4 @@
-"""Tests of dafl.py: every equation by hand, the released code's loop, short runs on real MNIST, interruptions, mistakes."""
+"""Tests of dafl.py: the equations by hand, the released loop, short runs on real MNIST, interruptions, mistakes."""
 
 import copy
 import csv
