@@ -126,9 +126,7 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
     classes that it rules out; its square keeps the size of the gradient (Hinton et al., 2015). Raises ValueError.
     """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"shapes differ: {[*student_logits.shape]} of the student, {[*teacher_logits.shape]} of the teacher"
-        )
+        raise ValueError(f"shapes differ: student {[*student_logits.shape]}, teacher {[*teacher_logits.shape]}")
     log_q, p = (student_logits / temperature).log_softmax(1), (teacher_logits / temperature).softmax(1)
     return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
@@ -317,8 +315,8 @@ HYPERPARAMETERS = {  # type, least, greatest, help
     "teacher_batch":  (int, 2, 10**5, "images in a batch of the teacher's"),
     "teacher_lr":     (float, 0, 1e6, "learning rate of the teacher"),
 }
-RECIPES = {  # "released" has the values of the authors' code; the columns are HYPERPARAMETERS, in their order
-    #                          steps  batch latent  lr_g    lr_s    oh  alpha  beta   T replay width | teacher's
+RECIPES = {  # "released" has the authors' values; a column a hyperparameter, in the same order, the teacher's last
+    #                          steps  batch latent  lr_g    lr_s    oh  alpha  beta   T replay width epochs batch lr
     ("mnist", "fast"):        (400,       64,  100,  0.01,  2.5e-3, 1.0,  0.1,  5.0, 4.0, 24, 1.0,    9, 256, 1e-3),
     ("mnist", "released"):    (24_000,   512,  100,  0.2,   2.0e-3, 1.0,  0.1,  5.0, 1.0,  0, 1.0,    9, 256, 1e-3),
     ("cifar10", "fast"):      (4_000,    128,  256,  0.001, 0.1,    1.0,  0.01, 5.0, 4.0,  4, 0.25,  40, 128, 0.1),
@@ -476,6 +474,7 @@ def fit(stage, train_step, steps, parts, state, folder, test_set, draw=None):
     """
     device = test_set[0].device
     rng = torch if device.type == "cpu" else torch.get_device_module(device)
+    # The random state is a part as well: a resumed run draws what an unbroken one does.
     parts["random"] = SimpleNamespace(state_dict=rng.get_rng_state, load_state_dict=rng.set_rng_state)
     if state["stage"] == stage:
         with reading(folder / "checkpoint.pt"):
@@ -499,9 +498,7 @@ def fit(stage, train_step, steps, parts, state, folder, test_set, draw=None):
         networks = [part for part in parts.values() if isinstance(part, nn.Module)]
         tensors = [*losses.values(), *(parameter for network in networks for parameter in network.parameters())]
         if not all(tensor.isfinite().all() for tensor in tensors):
-            raise UserError(
-                f"step {step:,} of the {stage} is not finite: a damaged teacher or too high a learning rate"
-            )
+            raise UserError(f"step {step:,} of the {stage} is not finite: a damaged teacher, or too high a rate")
         if report:
             accuracy = evaluate(parts[stage], *test_set)
             row = {"stage": stage, "step": step, "seconds": round(seconds, 2), "accuracy": accuracy}
