@@ -5,7 +5,7 @@
 """Data-Free Learning of Student Networks (Chen et al., ICCV 2019, https://arxiv.org/abs/1904.01186) in one file.
 
 A trained classifier, the teacher, is all that is left; its training data are gone. A generator learns to draw images
-that the fixed teacher takes for its own data: it is sure of each (L_oh), its features answer strongly (L_a), and a
+that the fixed teacher takes for its own data: it is sure of each (L_oh), its features are strong (L_a), and a
 batch covers all classes evenly (L_ie). A smaller student learns to give the teacher's outputs on those images (L_KD).
 Then it is tested on real images, none of which it has seen.
 
@@ -109,7 +109,7 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
     """L_KD, Eq. 1 less the teacher's own entropy: KL(teacher || student) in nats, batch mean; both logits (N, K).
 
     It has the gradient of Eq. 1 and is 0 when both agree. A temperature above 1 shows how the teacher ranks the classes
-    that it rules out; its square keeps the size of the gradient (Hinton et al., 2015). Raises ValueError.
+    that it rules out; its square keeps the size of the gradient (Hinton et al., 2015). ValueError if shapes differ.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"shapes differ: student {[*student_logits.shape]}, teacher {[*teacher_logits.shape]}")
@@ -126,12 +126,12 @@ class UpsampleConv2d(nn.Conv2d):
     def forward(self, x):
         # A pixel repeated over 2x2 meets the sum of four shifted kernels, which is 4 times their average.
         kernel = 4 * F.avg_pool2d(F.pad(self.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1).transpose(0, 1)
-        layout = torch.contiguous_format if x.device.type == "mps" else torch.channels_last  # the faster, but for MPS
+        layout = torch.contiguous_format if x.device.type == "mps" else torch.channels_last  # faster, except on MPS
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
-    """G, as released: noise z (N, latent_dim) to images (N, channels, image_size, image_size), a multiple of 4.
+    """G, as released: noise z (N, latent_dim) to images (N, channels, image_size, image_size); 4 divides the size.
 
     The last BatchNorm gives each channel mean 0 and variance 1 over a batch, as normalised data have. Beyond the paper,
     pixels can then be cut to a range: without it some seeds draw black digits on white, which the losses permit.
@@ -168,7 +168,7 @@ def one_hot_loss(logits):
 
 
 def activation_loss(features):
-    """L_a, Eq. 5: minus the mean absolute feature (N, D) of the teacher; low when its filters answer strongly.
+    """L_a, Eq. 5: minus the mean absolute feature (N, D) of the teacher; low when its filters respond strongly.
 
     The mean is over N and D, as in the released code, to whose scale alpha belongs; Eq. 5 sums over D.
     """
@@ -209,7 +209,7 @@ def distill_step(
     """One step of Algorithm 1: one update of the generator, then one of the student, both in place.
 
     Teacher and student return (logits, features); the teacher is frozen. The generator has a latent_dim. Eq. 7 has no
-    weight oh. Returns the losses l_oh, l_a, l_ie and l_kd by name and the images (N, C, H, W), all detached.
+    weight oh on L_oh. Returns the losses l_oh, l_a, l_ie and l_kd by name and the images (N, C, H, W), all detached.
     """
     teacher.eval().requires_grad_(False)
     student.train()
@@ -238,7 +238,7 @@ def kd_step(teacher, student, optimizer_s, images, temperature=1.0):
     return {"l_kd": l_kd.detach()}
 
 
-# --- Beyond the paper: a generated image takes long to make and not long to learn from, so past ones are replayed ----
+# --- Beyond the paper: images are slow to generate and quick to learn from, so past ones are replayed ----------------
 
 
 class ReplayBuffer(nn.Module):
@@ -246,7 +246,7 @@ class ReplayBuffer(nn.Module):
 
     def __init__(self, capacity, image_shape):
         super().__init__()
-        self.register_buffer("added", torch.tensor(0))  # a tensor, so that nothing waits for a GPU
+        self.register_buffer("added", torch.tensor(0))  # a tensor, to be in the state_dict
         self.register_buffer("images", torch.zeros(capacity, *image_shape, dtype=torch.float16))
 
     def add(self, images):
@@ -291,8 +291,8 @@ RECIPES = {  # the least and greatest allowed; the values of fast and released (
     "alpha":          (0.0, 1e6,      0.1,    0.1,   0.01,    0.01,    0.1,     0.1, "weight of L_a, Eq. 5"),
     "beta":           (0.0, 1e6,      5.0,    5.0,    5.0,     5.0,   20.0,    20.0, "weight of L_ie, Eq. 6"),
     "temperature":    (1e-3, 1e3,     4.0,    1.0,    4.0,     1.0,    4.0,     1.0, "temperature of L_KD"),
-    "replay":         (0, 1000,        24,      0,      4,       0,      4,       0, "past batches a step"),
-    "width":          (0.2, 10.0,     1.0,    1.0,   0.25,     1.0,   0.25,     1.0, "width of both networks"),
+    "replay":         (0, 1000,        24,      0,      4,       0,      4,       0, "past batches replayed a step"),
+    "width":          (0.2, 10.0,     1.0,    1.0,   0.25,     1.0,   0.25,     1.0, "width of teacher and student"),
     "teacher_epochs": (1, 10**5,        9,      9,     40,     199,     40,     199, "epochs of the teacher"),
 }
 # fmt: on
@@ -355,7 +355,7 @@ def evaluate(model, images, labels):
 def to_device(network, device, low_precision=True):
     """Move a network, in place, to "cpu", "cuda" or "mps", in its fastest layout, and in bf16 where that pays.
 
-    It pays for all but a LeNet5: on GPUs that have bf16, on CPUs with AMX and on AMD's since Zen 4.
+    It pays for all but a LeNet5: on CUDA GPUs that have bf16, on CPUs with AMX and on AMD's since Zen 4.
     """
     # On Apple GPUs BatchNorm's gradient is wrong in channels_last (github.com/pytorch/pytorch/issues/175189).
     network.to(device, memory_format=torch.preserve_format if device == "mps" else torch.channels_last)
@@ -371,7 +371,7 @@ def to_device(network, device, low_precision=True):
 def make_optimizer(network, lr, steps, recipe, milestones):
     """Adam for a LeNet5, SGD for a ResNet, and the schedule of its learning rate.
 
-    Fast: up for a sixth of the steps, then down to 0. Released: a ResNet's down to a tenth at each milestone.
+    Fast: up for a sixth of the steps, then down to 0. Released: constant; a ResNet's falls to a tenth at milestones.
     """
     if isinstance(network, LeNet5):
         optimizer, milestones = torch.optim.Adam(network.parameters(), lr), ()
@@ -401,11 +401,11 @@ def save(content, path):
 
 
 def fit(stage, train_step, steps, parts, state, folder, test_set, noise=None):
-    """The one training loop: train_step() `steps` times, some eleven reports, and a checkpoint a minute.
+    """The one training loop: train_step() `steps` times, about eleven reports, and a checkpoint a minute.
 
-    parts are what has a state_dict, among them the "schedule" and parts[stage], "teacher" or "student", to be tested.
-    With the random state and state, which is updated, they make a checkpoint. A report is a line on the screen and in
-    log.csv and, for the GIF, the images of noise. Returns the last accuracy. Raises FloatingPointError.
+    parts maps names to all that has a state_dict, among it the "schedule" and the network to test, parts[stage]. With
+    state, which is updated, they make a checkpoint. A report is a line on the screen and in log.csv and, for the GIF,
+    what the generator makes of noise. Returns the last accuracy. Raises FloatingPointError.
     """
     device, checkpoint = test_set[0].device, folder / "checkpoint.pt"
     rng = torch if device.type == "cpu" else torch.get_device_module(device)
@@ -444,7 +444,7 @@ def fit(stage, train_step, steps, parts, state, folder, test_set, noise=None):
         if due:
             states = {name: part.state_dict() for name, part in parts.items()} | {"random": rng.get_rng_state()}
             save(state | {"step": step, "seconds": seconds, "parts": states}, checkpoint)
-            saved_at = seconds
+            saved_at = time.monotonic() - started_at
     return state["log"][-1]["accuracy"]
 
 
@@ -458,8 +458,8 @@ def save_pictures(folder, generator, teacher, num_classes, test_set, film):
     noise = torch.randn(num_classes // 5, 500, generator.latent_dim, device=test_set[0].device)  # 100 images a class
     images = torch.cat([generator(z) for z in noise])
     classes = torch.cat([classify(teacher, batch)[0].argmax(1) for batch in images.split(500)])
-    pairs = (images, classes), test_set
-    means = torch.stack([x[y == k].mean(0).nan_to_num() for x, y in pairs for k in range(num_classes)])
+    rows = (images, classes), test_set
+    means = torch.stack([x[y == k].mean(0).nan_to_num() for x, y in rows for k in range(num_classes)])
     save_image(grid(means), folder / "class_means.png")
     order = classify(teacher, film[-1].to(images))[0].argmax(1).argsort().cpu()
     first, *others = [TF.to_pil_image(grid(frame[order].float())) for frame in film]
@@ -469,12 +469,13 @@ def save_pictures(folder, generator, teacher, num_classes, test_set, film):
 
 def parse_args(argv=None):
     """The command line, with its recipe's values, as a namespace; and the run's name. Exits with 2 on a mistake."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser("dafl.py", "dafl.py [--flag value ...]", allow_abbrev=False)
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     images = ("generator", "noise", "real", "labels")
     add = parser.add_argument
     add("--dataset", help="what the teacher knows (mnist)", choices=DATASETS, default="mnist")
-    add("--recipe", help="where the hyperparameters come from (fast)", choices=("fast", "released"), default="fast")
+    add("--recipe", help="hyperparameters, schedule and precision (fast)", choices=("fast", "released"), default="fast")
     add("--images", help="what the student learns from, see Table 1 (generator)", choices=images, default="generator")
     add("--teacher", help="state dict of a teacher, so that none is trained", metavar="FILE")
     add("--seed", help="seed of everything random (0)", type=int, default=0, metavar="int")
@@ -494,7 +495,7 @@ def parse_args(argv=None):
             flag = "--" + name.replace("_", "-")
             parser.error(f"argument {flag}: must be from {least:,} to {greatest:,}, not {args[name]}")
     changed = [f"{name}-{value}".removesuffix(".0") for name, value in sorted(given.items()) if value != defaults[name]]
-    if args["resume"] and len(changed) > 1:
+    if args["resume"] is not None and len(argv) > 1 + ("--resume" in argv):
         parser.error("--resume goes by the flags of the stopped run: give no others")
     return argparse.Namespace(**args), re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(changed))[:100] or "mnist"
 
@@ -504,14 +505,14 @@ def main(argv=None):
     args, name = parse_args(argv)
     flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in vars(args).items() if value is not None]
     state = {"flags": flags, "stage": None, "step": 0, "seconds": 0.0, "log": [], "film": [], "parts": {}}
-    folder = Path(args.resume) if args.resume else None
+    folder = Path(args.resume) if args.resume is not None else None
     if folder:
         with reading(folder / "checkpoint.pt"):
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             state = {key: saved[key] for key in state}
             if state["stage"] not in ("teacher", "student"):
                 raise ValueError(f"stage {state['stage']}")
-        args, _ = parse_args(state["flags"])
+            args, _ = parse_args(state["flags"])
 
     # What is given: a teacher or the data to train one, and the images to test on
     device, mnist, fast = args.device, args.dataset == "mnist", args.recipe == "fast"
@@ -521,12 +522,12 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
     teacher_file = folder / "teacher.pt" if state["stage"] == "student" else args.teacher
-    if teacher_file:
+    if teacher_file is not None:
         with reading(teacher_file):
             teacher.load_state_dict(torch.load(teacher_file, map_location="cpu", weights_only=True))
     to_device(teacher, device, low_precision=fast)
     test_set = load_dataset(args.dataset, "test", device=device)
-    train_set = load_dataset(args.dataset, "train", device=device) if from_data or not teacher_file else None
+    train_set = load_dataset(args.dataset, "train", device=device) if from_data or teacher_file is None else None
     folder = folder or new_folder(name)
     train = partial(fit, state=state, folder=folder, test_set=test_set)
     print(f"DAFL on {args.dataset}: {args.recipe} recipe, seed {args.seed}, on {device}; results in {folder}")
@@ -538,7 +539,7 @@ def main(argv=None):
         return augment(images[picked]), labels[picked]
 
     # 1. The teacher
-    if not teacher_file:
+    if teacher_file is None:
         steps = args.teacher_epochs * math.ceil(len(train_set[0]) / teacher_batch)
         optimizer, schedule = make_optimizer(teacher, teacher_lr, steps, args.recipe, (79 / 199, 119 / 199))
         parts = {"teacher": teacher, "optimizer": optimizer, "schedule": schedule}
@@ -555,7 +556,7 @@ def main(argv=None):
     steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # as many student updates
     optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, (0.4, 0.8))
     parts = {"student": student, "optimizer_s": optimizer_s, "schedule": schedule}
-    n, image_shape, z = args.batch_size, test_set[0].shape[1:], None
+    n, image_shape, film_noise = args.batch_size, test_set[0].shape[1:], None
     learn_from = partial(kd_step, teacher, student, optimizer_s, temperature=args.temperature)
     if args.images == "generator":
         black_to_white = [(pixel - mean[0]) / std[0] for pixel in (0, 1)] if mnist and fast else (-math.inf, math.inf)
@@ -563,7 +564,7 @@ def main(argv=None):
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)
         buffer = ReplayBuffer(max(n, min(steps * n, 25_600)) if args.replay else 0, image_shape).to(device)
         parts |= {"generator": generator, "optimizer_g": optimizer_g, "buffer": buffer}
-        z = torch.randn(80, args.latent_dim, device=device)
+        film_noise = torch.randn(80, args.latent_dim, device=device)
 
     def generator_step():
         options = {"oh": args.oh, "alpha": args.alpha, "beta": args.beta, "temperature": args.temperature}
@@ -580,15 +581,14 @@ def main(argv=None):
         "noise": lambda: learn_from(torch.randn(n, *image_shape, device=device)),
         "generator": generator_step,
     }
-    student_accuracy = train("student", table_1[args.images], steps, parts, noise=z)
+    student_accuracy = train("student", table_1[args.images], steps, parts, noise=film_noise)
 
     # 3. The results
     save(student.state_dict(), folder / "student.pt")
     if args.images == "generator":
         save(generator.state_dict(), folder / "generator.pt")
         save_pictures(folder, generator, teacher, num_classes, test_set, state["film"])
-    real_images = len(train_set[0]) if train_set else 0
-    print(f"student accuracy {student_accuracy:.2%} after its last step, trained on {real_images:,} real images")
+    print(f"student accuracy {student_accuracy:.2%}, trained on {len(train_set[0]) if train_set else 0:,} real images")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return {"teacher": teacher_accuracy, "student": student_accuracy}
 
@@ -599,7 +599,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         argparse.ArgumentParser().exit(130, "\ndafl.py: stopped\n")
-    except (OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+    except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         argparse.ArgumentParser().exit(2, f"dafl.py: error: {' '.join(str(error).split()) or 'out of memory'}\n")
