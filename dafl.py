@@ -318,7 +318,7 @@ def load_dataset(name, split, data_dir=Path(__file__).parent / "data", device="c
     if name not in DATASETS or split not in ("train", "test"):
         raise ValueError(f"no {split!r} split of {name!r}: there are 'train' and 'test' of {', '.join(DATASETS)}")
     source, _, mean, std, _, _ = DATASETS[name]
-    with reading(f"{name} in {data_dir} (damaged files there must be deleted)"):
+    with reading(f"{name} in {data_dir} (delete damaged files there)"):
         dataset = source(data_dir, split == "train", download=True)
     images = torch.as_tensor(dataset.data)  # uint8 (N, 28, 28) or (N, 32, 32, 3)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -497,7 +497,7 @@ def parse_args(argv=None):
     changed = [f"{name}-{value}".removesuffix(".0") for name, value in sorted(given.items()) if value != defaults[name]]
     if args["resume"] is not None and len(argv) > 1 + ("--resume" in argv):
         parser.error("--resume goes by the flags of the stopped run: give no others")
-    return argparse.Namespace(**args), re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(changed))[:100] or "mnist"
+    return argparse.Namespace(**args), re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(changed))[:100] or "mnist"
 
 
 def main(argv=None):
