@@ -108,8 +108,8 @@ resnet34, resnet18 = partial(ResNet, (3, 4, 6, 3)), partial(ResNet, (2, 2, 2, 2)
 def kd_loss(student_logits, teacher_logits, temperature=1.0):
     """L_KD, Eq. 1 less the teacher's own entropy: KL(teacher || student) in nats, batch mean; both logits (N, K).
 
-    It has the gradient of Eq. 1 and is 0 when both agree. A temperature above 1 shows how the teacher ranks the classes
-    that it rules out; its square keeps the size of the gradient (Hinton et al., 2015). ValueError if shapes differ.
+    At temperature 1 it has the gradient of Eq. 1. One above 1 shows how the teacher ranks the classes that it rules
+    out; its square keeps the size of the gradient (Hinton et al., 2015). ValueError if shapes differ.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"shapes differ: student {[*student_logits.shape]}, teacher {[*teacher_logits.shape]}")
@@ -292,7 +292,7 @@ RECIPES = {  # the least and greatest allowed; the values of fast and released (
     "beta":           (0.0, 1e6,      5.0,    5.0,    5.0,     5.0,   20.0,    20.0, "weight of L_ie, Eq. 6"),
     "temperature":    (1e-3, 1e3,     4.0,    1.0,    4.0,     1.0,    4.0,     1.0, "temperature of L_KD"),
     "replay":         (0, 1000,        24,      0,      4,       0,      4,       0, "past batches replayed a step"),
-    "width":          (0.2, 10.0,     1.0,    1.0,   0.25,     1.0,   0.25,     1.0, "width of teacher and student"),
+    "width":          (0.2, 10.0,     1.0,    1.0,   0.25,     1.0,   0.25,     1.0, "width; the student of MNIST: half"),
     "teacher_epochs": (1, 10**5,        9,      9,     40,     199,     40,     199, "epochs of the teacher"),
 }
 # fmt: on
