@@ -292,7 +292,7 @@ RECIPES = {  # the least and greatest allowed; the values of fast and released (
     "beta":           (0.0, 1e6,      5.0,    5.0,    5.0,     5.0,   20.0,    20.0, "weight of L_ie, Eq. 6"),
     "temperature":    (1e-3, 1e3,     4.0,    1.0,    4.0,     1.0,    4.0,     1.0, "temperature of L_KD"),
     "replay":         (0, 1000,        24,      0,      4,       0,      4,       0, "past batches replayed a step"),
-    "width":          (0.2, 10.0,     1.0,    1.0,   0.25,     1.0,   0.25,     1.0, "width; MNIST student: half of it"),
+    "width":          (0.2, 10.0,     1.0,    1.0,   0.25,     1.0,   0.25,     1.0, "width (MNIST student: half)"),
     "teacher_epochs": (1, 10**5,        9,      9,     40,     199,     40,     199, "epochs of the teacher"),
 }
 # fmt: on
