@@ -72,8 +72,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = nn.Sequential()  # the identity
         if stride != 1 or in_channels != channels:
-            self.shortcut.append(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(channels))
+            self.shortcut.extend([nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)])
 
     def forward(self, x):
         out = self.bn1(self.conv1(x)).relu()
@@ -384,12 +383,21 @@ def make_optimizer(network, lr, steps, recipe, milestones):
 
 def new_folder(name):
     """Make runs/NAME, or runs/NAME-2 and so on, and return it: to make a folder is to claim it."""
-    Path("runs").mkdir(exist_ok=True)
     for number in count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
-            folder.mkdir()
+            folder.mkdir(parents=True)
             return folder
+
+
+def open_log(folder):
+    """log.csv, locked until this process closes it or dies, so that no two write to a folder. Raises OSError."""
+    file = (folder / "log.csv").open("a", newline="")
+    with suppress(ImportError), reading(f"{folder}: another process does"):
+        import fcntl  # not on Windows
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def save(content, path):
@@ -400,14 +408,14 @@ def save(content, path):
     temporary.replace(path)
 
 
-def fit(stage, train_step, steps, parts, state, folder, test_set, noise=None):
+def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, noise=None):
     """The one training loop: train_step() `steps` times, about eleven reports, and a checkpoint a minute.
 
     parts maps names to all that has a state_dict, among it the "schedule" and the network to test, parts[stage]. With
     state, which is updated, they make a checkpoint. A report is a line on the screen and in log.csv and, for the GIF,
     what the generator makes of noise. Returns the last accuracy. Raises FloatingPointError.
     """
-    device, checkpoint = test_set[0].device, folder / "checkpoint.pt"
+    device = test_set[0].device
     rng = torch if device.type == "cpu" else torch.get_device_module(device)
     if state["stage"] == stage:
         with reading(checkpoint):
@@ -430,15 +438,17 @@ def fit(stage, train_step, steps, parts, state, folder, test_set, noise=None):
             raise FloatingPointError(f"step {step:,} of the {stage} is not finite: too high a rate, or a bad teacher")
         if report:
             losses = {name: loss.item() for name, loss in losses.items()}
-            row = {"stage": stage, "step": step, "seconds": seconds, "accuracy": evaluate(parts[stage], *test_set)}
-            state["log"].append(row | losses)
-            with open(folder / "log.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, LOG_COLUMNS)
-                writer.writeheader()
-                writer.writerows(state["log"])
+            accuracy = evaluate(parts[stage], *test_set)
+            row = {"stage": stage, "step": step, "seconds": round(seconds, 2), **losses, "accuracy": accuracy}
+            state["log"].append(row)
+            log_file.truncate(0)
+            writer = csv.DictWriter(log_file, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(state["log"])
+            log_file.flush()
             values = "".join(f"  {name} {loss:6.3f}" for name, loss in losses.items())
             minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
-            print(f"{stage} {step:6,}{values}  accuracy {row['accuracy']:6.2%}  {minutes}:{rest:02} left")
+            print(f"{stage} {step:6,}{values}  accuracy {accuracy:6.2%}  {minutes}:{rest:02} left")
             if noise is not None:
                 state["film"].append(parts["generator"](noise).detach().half().cpu())
         if due:
@@ -475,7 +485,7 @@ def parse_args(argv=None):
     images = ("generator", "noise", "real", "labels")
     add = parser.add_argument
     add("--dataset", help="what the teacher knows (mnist)", choices=DATASETS, default="mnist")
-    add("--recipe", help="hyperparameters, schedule and precision (fast)", choices=("fast", "released"), default="fast")
+    add("--recipe", help="values below, schedule, bf16, pixels (fast)", choices=("fast", "released"), default="fast")
     add("--images", help="what the student learns from, see Table 1 (generator)", choices=images, default="generator")
     add("--teacher", help="state dict of a teacher, so that none is trained", metavar="FILE")
     add("--seed", help="seed of everything random (0)", type=int, default=0, metavar="int")
@@ -505,14 +515,14 @@ def main(argv=None):
     args, name = parse_args(argv)
     flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in vars(args).items() if value is not None]
     state = {"flags": flags, "stage": None, "step": 0, "seconds": 0.0, "log": [], "film": [], "parts": {}}
-    folder = Path(args.resume) if args.resume is not None else None
-    if folder:
+    folder, teacher_file = None, args.teacher
+    if args.resume is not None:
+        folder = Path(args.resume)
         with reading(folder / "checkpoint.pt"):
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             state = {key: saved[key] for key in state}
-            if state["stage"] not in ("teacher", "student"):
-                raise ValueError(f"stage {state['stage']}")
             args, _ = parse_args(state["flags"])
+            teacher_file = {"teacher": None, "student": folder / "teacher.pt"}[state["stage"]]
 
     # What is given: a teacher or the data to train one, and the images to test on
     device, mnist, fast = args.device, args.dataset == "mnist", args.recipe == "fast"
@@ -521,7 +531,6 @@ def main(argv=None):
     augment = nn.Identity() if mnist else crop_and_flip
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
-    teacher_file = folder / "teacher.pt" if state["stage"] == "student" else args.teacher
     if teacher_file is not None:
         with reading(teacher_file):
             teacher.load_state_dict(torch.load(teacher_file, map_location="cpu", weights_only=True))
@@ -529,9 +538,9 @@ def main(argv=None):
     test_set = load_dataset(args.dataset, "test", device=device)
     train_set = load_dataset(args.dataset, "train", device=device) if from_data or teacher_file is None else None
     folder = folder or new_folder(name)
-    train = partial(fit, state=state, folder=folder, test_set=test_set)
+    checkpoint, log_file = folder / "checkpoint.pt", open_log(folder)
+    train = partial(fit, state=state, checkpoint=checkpoint, log_file=log_file, test_set=test_set)
     print(f"DAFL on {args.dataset}: {args.recipe} recipe, seed {args.seed}, on {device}; results in {folder}")
-    print(f"If it is stopped, --resume {folder} goes on.")
 
     def real_batch(n):
         images, labels = train_set
@@ -556,29 +565,30 @@ def main(argv=None):
     steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # as many student updates
     optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, (0.4, 0.8))
     parts = {"student": student, "optimizer_s": optimizer_s, "schedule": schedule}
-    n, image_shape, film_noise = args.batch_size, test_set[0].shape[1:], None
+    batch_size, image_shape, film_noise = args.batch_size, test_set[0].shape[1:], None
     learn_from = partial(kd_step, teacher, student, optimizer_s, temperature=args.temperature)
     if args.images == "generator":
         black_to_white = [(pixel - mean[0]) / std[0] for pixel in (0, 1)] if mnist and fast else (-math.inf, math.inf)
         generator = to_device(Generator(args.latent_dim, image_shape[0], 32, black_to_white), device, fast)
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)
-        buffer = ReplayBuffer(max(n, min(steps * n, 25_600)) if args.replay else 0, image_shape).to(device)
+        capacity = max(batch_size, min(steps * batch_size, 25_600)) if args.replay else 0
+        buffer = ReplayBuffer(capacity, image_shape).to(device)
         parts |= {"generator": generator, "optimizer_g": optimizer_g, "buffer": buffer}
         film_noise = torch.randn(80, args.latent_dim, device=device)
 
     def generator_step():
-        options = {"oh": args.oh, "alpha": args.alpha, "beta": args.beta, "temperature": args.temperature}
-        losses, images = distill_step(teacher, student, generator, optimizer_g, optimizer_s, batch_size=n, **options)
+        options = {name: vars(args)[name] for name in ("batch_size", "oh", "alpha", "beta", "temperature")}
+        losses, images = distill_step(teacher, student, generator, optimizer_g, optimizer_s, **options)
         if args.replay:
             buffer.add(images)
-            for past_images in cutmix(augment(buffer.sample(args.replay * n))).split(n):
+            for past_images in cutmix(augment(buffer.sample(args.replay * batch_size))).split(batch_size):
                 learn_from(past_images)
         return losses
 
     table_1 = {
-        "labels": lambda: classifier_step(student, optimizer_s, *real_batch(n)),
-        "real": lambda: learn_from(real_batch(n)[0]),
-        "noise": lambda: learn_from(torch.randn(n, *image_shape, device=device)),
+        "labels": lambda: classifier_step(student, optimizer_s, *real_batch(batch_size)),
+        "real": lambda: learn_from(real_batch(batch_size)[0]),
+        "noise": lambda: learn_from(torch.randn(batch_size, *image_shape, device=device)),
         "generator": generator_step,
     }
     student_accuracy = train("student", table_1[args.images], steps, parts, noise=film_noise)
@@ -589,7 +599,8 @@ def main(argv=None):
         save(generator.state_dict(), folder / "generator.pt")
         save_pictures(folder, generator, teacher, num_classes, test_set, state["film"])
     print(f"student accuracy {student_accuracy:.2%}, trained on {len(train_set[0]) if train_set else 0:,} real images")
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    log_file.close()
+    checkpoint.unlink(missing_ok=True)
     return {"teacher": teacher_accuracy, "student": student_accuracy}
 
 
