@@ -107,7 +107,7 @@ resnet34, resnet18 = partial(ResNet, (3, 4, 6, 3)), partial(ResNet, (2, 2, 2, 2)
 def kd_loss(student_logits, teacher_logits, temperature=1.0):
     """L_KD, Eq. 1 less the teacher's own entropy: KL(teacher || student) in nats, batch mean; both logits (N, K).
 
-    At temperature 1 it has the gradient of Eq. 1. One above 1 shows how the teacher ranks the classes that it rules
+    At temperature 1 it has the gradient of Eq. 1. A higher one shows how the teacher ranks the classes that it rules
     out; its square keeps the size of the gradient (Hinton et al., 2015). ValueError if shapes differ.
     """
     if student_logits.shape != teacher_logits.shape:
@@ -130,10 +130,10 @@ class UpsampleConv2d(nn.Conv2d):
 
 
 class Generator(nn.Module):
-    """G, as released: noise z (N, latent_dim) to images (N, channels, image_size, image_size); 4 divides the size.
+    """G, as released: noise z (N, latent_dim) to images (N, channels, image_size, image_size); 4 divides that size.
 
     The last BatchNorm gives each channel mean 0 and variance 1 over a batch, as normalised data have. Beyond the paper,
-    pixels can then be cut to a range: without it some seeds draw black digits on white, which the losses permit.
+    pixels can then be clamped to a range: without it some seeds draw black digits on white, which the losses permit.
     """
 
     def __init__(self, latent_dim=100, channels=1, image_size=32, pixel_range=(-math.inf, math.inf)):
@@ -192,7 +192,7 @@ def classify(network, images):
     outputs = network(images)
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
         raise ValueError("teacher and student must return (logits, features); features are the last layers' input")
-    return [output.to(images.dtype) for output in outputs]
+    return [output.to(images.dtype) for output in outputs]  # after bf16
 
 
 def update(optimizer, loss):
@@ -263,11 +263,11 @@ class ReplayBuffer(nn.Module):
 def cutmix(images):
     """CutMix (Yun et al., ICCV 2019) by half-planes: beyond a random line an image (N, C, H, W) shows another one."""
     n, _, height, width = images.shape
-    turns, offset = torch.rand(2, n, 1, 1, 1, device=images.device)
+    turns, threshold = torch.rand(2, n, 1, 1, 1, device=images.device)
     angle = 2 * math.pi * turns
     y = torch.linspace(-1, 1, height, device=images.device)[:, None]
     x = torch.linspace(-1, 1, width, device=images.device)
-    keep = x * angle.cos() + y * angle.sin() > offset - 0.5
+    keep = x * angle.cos() + y * angle.sin() > threshold - 0.5
     return torch.where(keep, images, images[torch.randperm(n, device=images.device)])
 
 
@@ -290,7 +290,7 @@ RECIPES = {  # the least and greatest allowed; the values of fast and released (
     "alpha":          (0.0, 1e6,      0.1,    0.1,   0.01,    0.01,    0.1,     0.1, "weight of L_a, Eq. 5"),
     "beta":           (0.0, 1e6,      5.0,    5.0,    5.0,     5.0,   20.0,    20.0, "weight of L_ie, Eq. 6"),
     "temperature":    (1e-3, 1e3,     4.0,    1.0,    4.0,     1.0,    4.0,     1.0, "temperature of L_KD"),
-    "replay":         (0, 1000,        24,      0,      4,       0,      4,       0, "past batches replayed a step"),
+    "replay":         (0, 1000,        24,      0,      4,       0,      4,       0, "past batches replayed per step"),
     "width":          (0.2, 10.0,     1.0,    1.0,   0.25,     1.0,   0.25,     1.0, "width (MNIST student: half)"),
     "teacher_epochs": (1, 10**5,        9,      9,     40,     199,     40,     199, "epochs of the teacher"),
 }
@@ -301,7 +301,7 @@ BAD_FILE = OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeE
 
 
 @contextmanager
-def reading(source):
+def using(source):
     """Turn what a missing, damaged or foreign file raises into an OSError that names the source."""
     try:
         yield
@@ -317,7 +317,7 @@ def load_dataset(name, split, data_dir=Path(__file__).parent / "data", device="c
     if name not in DATASETS or split not in ("train", "test"):
         raise ValueError(f"no {split!r} split of {name!r}: there are 'train' and 'test' of {', '.join(DATASETS)}")
     source, _, mean, std, _, _ = DATASETS[name]
-    with reading(f"{name} in {data_dir} (delete damaged files there)"):
+    with using(f"{name} in {data_dir} (delete damaged files there)"):
         dataset = source(data_dir, split == "train", download=True)
     images = torch.as_tensor(dataset.data)  # uint8 (N, 28, 28) or (N, 32, 32, 3)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -393,7 +393,7 @@ def new_folder(name):
 def open_log(folder):
     """log.csv, locked until this process closes it or dies, so that no two write to a folder. Raises OSError."""
     file = (folder / "log.csv").open("a", newline="")
-    with suppress(ImportError), reading(f"{folder}: another process does"):
+    with suppress(ImportError), using(f"{folder}: another process does"):
         import fcntl  # not on Windows
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -408,17 +408,17 @@ def save(content, path):
     temporary.replace(path)
 
 
-def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, noise=None):
+def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, film_noise=None):
     """The one training loop: train_step() `steps` times, about eleven reports, and a checkpoint a minute.
 
-    parts maps names to all that has a state_dict, among it the "schedule" and the network to test, parts[stage]. With
+    parts maps names to all that has a state_dict, including the "schedule" and the network to test, parts[stage]. With
     state, which is updated, they make a checkpoint. A report is a line on the screen and in log.csv and, for the GIF,
-    what the generator makes of noise. Returns the last accuracy. Raises FloatingPointError.
+    what the generator makes of film_noise. Returns the last accuracy. Raises FloatingPointError.
     """
     device = test_set[0].device
     rng = torch if device.type == "cpu" else torch.get_device_module(device)
     if state["stage"] == stage:
-        with reading(checkpoint):
+        with using(checkpoint):
             if state["step"] > steps:
                 raise ValueError(f"step {state['step']} of {steps}")
             rng.set_rng_state(state["parts"].pop("random"))
@@ -449,8 +449,8 @@ def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, 
             values = "".join(f"  {name} {loss:6.3f}" for name, loss in losses.items())
             minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
             print(f"{stage} {step:6,}{values}  accuracy {accuracy:6.2%}  {minutes}:{rest:02} left")
-            if noise is not None:
-                state["film"].append(parts["generator"](noise).detach().half().cpu())
+            if film_noise is not None:
+                state["film"].append(parts["generator"](film_noise).detach().half().cpu())
         if due:
             states = {name: part.state_dict() for name, part in parts.items()} | {"random": rng.get_rng_state()}
             save(state | {"step": step, "seconds": seconds, "parts": states}, checkpoint)
@@ -462,7 +462,7 @@ def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, 
 def save_pictures(folder, generator, teacher, num_classes, test_set, film):
     """Write class_means.png, which is Figure 2: the mean image of each class, generated (top) and real (bottom).
 
-    And samples.gif: what one batch of noise became in the course of training, in the order of the classes in the end.
+    And samples.gif: the images from one batch of noise as training went on, sorted by their final class.
     """
     grid = partial(make_grid, nrow=10, normalize=True, scale_each=True, pad_value=0.5)
     noise = torch.randn(num_classes // 5, 500, generator.latent_dim, device=test_set[0].device)  # 100 images a class
@@ -480,7 +480,7 @@ def save_pictures(folder, generator, teacher, num_classes, test_set, film):
 def parse_args(argv=None):
     """The command line, with its recipe's values, as a namespace; and the run's name. Exits with 2 on a mistake."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("dafl.py", "dafl.py [--flag value ...]", allow_abbrev=False)
+    parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     images = ("generator", "noise", "real", "labels")
     add = parser.add_argument
@@ -490,7 +490,7 @@ def parse_args(argv=None):
     add("--teacher", help="state dict of a teacher, so that none is trained", metavar="FILE")
     add("--seed", help="seed of everything random (0)", type=int, default=0, metavar="int")
     add("--device", help=f"where to compute ({devices[0]})", choices=devices, default=devices[0])
-    add("--resume", help="go on with the stopped run in this folder, by its own flags", metavar="FOLDER")
+    add("--resume", help="go on with the stopped run in this folder, with its own flags", metavar="FOLDER")
     group = parser.add_argument_group("hyperparameters", f"(fast and released of {', '.join(DATASETS)})")
     for name, (least, _, *values, text) in RECIPES.items():
         flag, kind, values = "--" + name.replace("_", "-"), type(least), ", ".join(f"{value:g}" for value in values)
@@ -506,7 +506,7 @@ def parse_args(argv=None):
             parser.error(f"argument {flag}: must be from {least:,} to {greatest:,}, not {args[name]}")
     changed = [f"{name}-{value}".removesuffix(".0") for name, value in sorted(given.items()) if value != defaults[name]]
     if args["resume"] is not None and len(argv) > 1 + ("--resume" in argv):
-        parser.error("--resume goes by the flags of the stopped run: give no others")
+        parser.error("--resume uses the flags of the stopped run: give no others")
     return argparse.Namespace(**args), re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(changed))[:100] or "mnist"
 
 
@@ -518,7 +518,7 @@ def main(argv=None):
     folder, teacher_file = None, args.teacher
     if args.resume is not None:
         folder = Path(args.resume)
-        with reading(folder / "checkpoint.pt"):
+        with using(folder / "checkpoint.pt"):
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             state = {key: saved[key] for key in state}
             args, _ = parse_args(state["flags"])
@@ -532,7 +532,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
     if teacher_file is not None:
-        with reading(teacher_file):
+        with using(teacher_file):
             teacher.load_state_dict(torch.load(teacher_file, map_location="cpu", weights_only=True))
     to_device(teacher, device, low_precision=fast)
     test_set = load_dataset(args.dataset, "test", device=device)
@@ -574,11 +574,11 @@ def main(argv=None):
         capacity = max(batch_size, min(steps * batch_size, 25_600)) if args.replay else 0
         buffer = ReplayBuffer(capacity, image_shape).to(device)
         parts |= {"generator": generator, "optimizer_g": optimizer_g, "buffer": buffer}
+        distill = partial(distill_step, teacher, student, generator, optimizer_g, optimizer_s, batch_size=batch_size)
         film_noise = torch.randn(80, args.latent_dim, device=device)
 
     def generator_step():
-        options = {name: vars(args)[name] for name in ("batch_size", "oh", "alpha", "beta", "temperature")}
-        losses, images = distill_step(teacher, student, generator, optimizer_g, optimizer_s, **options)
+        losses, images = distill(oh=args.oh, alpha=args.alpha, beta=args.beta, temperature=args.temperature)
         if args.replay:
             buffer.add(images)
             for past_images in cutmix(augment(buffer.sample(args.replay * batch_size))).split(batch_size):
@@ -591,7 +591,7 @@ def main(argv=None):
         "noise": lambda: learn_from(torch.randn(batch_size, *image_shape, device=device)),
         "generator": generator_step,
     }
-    student_accuracy = train("student", table_1[args.images], steps, parts, noise=film_noise)
+    student_accuracy = train("student", table_1[args.images], steps, parts, film_noise=film_noise)
 
     # 3. The results
     save(student.state_dict(), folder / "student.pt")
@@ -605,7 +605,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and paths no terminal shows
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and paths that cannot be encoded
     try:
         main()
     except KeyboardInterrupt:
