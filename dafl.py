@@ -281,7 +281,7 @@ DATASETS = {  # torchvision's class, classes, mean and std of each channel (pixe
 # fmt: off
 RECIPES = {  # the least and greatest allowed; the values of fast and released (the authors') for each data set; help
     #                               mnist: fast, released  cifar10         cifar100
-    "steps":          (1, 10**9,      400, 24_000,  4_000, 240_000,  4_000, 240_000, "steps of Algorithm 1"),
+    "steps":          (1, 10**9,      400, 24_000,  4_000, 240_000,  4_000, 240_000, "steps of 1 + replay updates"),
     "batch_size":     (2, 10**5,       64,    512,    128,   1_024,    128,   1_024, "images in a batch"),
     "latent_dim":     (1, 10**5,      100,    100,    256,   1_000,    256,   1_000, "length of the noise z"),
     "lr_g":           (0.0, 1e6,     0.01,    0.2,  0.001,    0.02,  0.001,    0.02, "learning rate of the generator"),
@@ -417,7 +417,7 @@ def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, 
     """
     device = test_set[0].device
     rng = torch if device.type == "cpu" else torch.get_device_module(device)
-    if state["stage"] == stage:
+    if state["stage"] == stage:  # resumed
         with using(checkpoint):
             if state["step"] > steps:
                 raise ValueError(f"step {state['step']} of {steps}")
