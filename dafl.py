@@ -192,7 +192,7 @@ def classify(network, images):
     outputs = network(images)
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
         raise ValueError("teacher and student must return (logits, features); features are the last layers' input")
-    return [output.to(images.dtype) for output in outputs]  # after bf16
+    return [output.to(images.dtype) for output in outputs]  # float32 again after bf16
 
 
 def update(optimizer, loss):
@@ -370,7 +370,7 @@ def to_device(network, device, low_precision=True):
 def make_optimizer(network, lr, steps, recipe, milestones):
     """Adam for a LeNet5, SGD for a ResNet, and the schedule of its learning rate.
 
-    Fast: up for a sixth of the steps, then down to 0. Released: constant; a ResNet's falls to a tenth at milestones.
+    Fast: up for a sixth of the steps, then down to 0. Released: constant; a ResNet's falls to a tenth at each milestone.
     """
     if isinstance(network, LeNet5):
         optimizer, milestones = torch.optim.Adam(network.parameters(), lr), ()
@@ -411,9 +411,10 @@ def save(content, path):
 def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, film_noise=None):
     """The one training loop: train_step() `steps` times, about eleven reports, and a checkpoint a minute.
 
-    parts maps names to all that has a state_dict, including the "schedule" and the network to test, parts[stage]. With
-    state, which is updated, they make a checkpoint. A report is a line on the screen and in log.csv and, for the GIF,
-    what the generator makes of film_noise. Returns the last accuracy. Raises FloatingPointError.
+    parts maps names to all with a state_dict, including the "schedule" and the network to test, parts[stage]. state is
+    the rest of a checkpoint, updated in place; if it was saved in this stage, training goes on from there. A report is
+    a line on the screen and in log.csv and, for the GIF, what the generator makes of film_noise. Returns the last
+    accuracy. Raises FloatingPointError.
     """
     device = test_set[0].device
     rng = torch if device.type == "cpu" else torch.get_device_module(device)
@@ -497,7 +498,7 @@ def parse_args(argv=None):
         group.add_argument(flag, help=f"{text} ({values})", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__)
 
     given = vars(parser.parse_args(argv))
-    column = 2 + 2 * list(DATASETS).index(given["dataset"]) + (given["recipe"] == "released")
+    column = 2 + 2 * list(DATASETS).index(given["dataset"]) + (given["recipe"] == "released")  # after the limits
     defaults = {name: parser.get_default(name) for name in given} | {name: row[column] for name, row in RECIPES.items()}
     args = defaults | given
     for name, (least, greatest, *_) in (RECIPES | {"seed": (0, 2**63 - 1)}).items():
