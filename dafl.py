@@ -370,7 +370,7 @@ def to_device(network, device, low_precision=True):
 def make_optimizer(network, lr, steps, recipe, milestones):
     """Adam for a LeNet5, SGD for a ResNet, and the schedule of its learning rate.
 
-    Fast: up for a sixth of the steps, then down to 0. Released: constant; a ResNet's falls to a tenth at each milestone.
+    Fast: up for a sixth of the steps, then down to 0. Released: constant; a ResNet's falls to a tenth at milestones.
     """
     if isinstance(network, LeNet5):
         optimizer, milestones = torch.optim.Adam(network.parameters(), lr), ()
