@@ -393,10 +393,14 @@ def new_folder(name):
 def open_log(folder):
     """log.csv, locked until this process closes it or dies, so that no two write to a folder. Raises OSError."""
     file = (folder / "log.csv").open("a", newline="")
-    with suppress(ImportError), using(f"{folder}: another process does"):
-        import fcntl  # not on Windows
+    try:
+        import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise OSError(f"cannot use {folder}: its run is still alive") from error
+    except (ImportError, OSError):  # Windows and some network drives have no such lock
+        pass
     return file
 
 

@@ -345,7 +345,7 @@ def test_a_run_killed_in_either_stage_and_resumed_ends_with_the_same_weights():
         if os.name == "posix":  # where there are locks
             process.send_signal(signal.SIGSTOP)
             _, error = start(HERE / "dafl.py", *flags).communicate()
-            assert f"cannot use {stopped}: another process does" in error and error.count("\n") == 1
+            assert f"cannot use {stopped}: its run is still alive" in error and error.count("\n") == 1
         process.kill()
         process.communicate()
         assert (stopped / "teacher.pt").exists() == ("student" in last) and not (stopped / "student.pt").exists()
