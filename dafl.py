@@ -467,7 +467,8 @@ def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, 
 def save_pictures(folder, generator, teacher, num_classes, test_set, film):
     """Write class_means.png, which is Figure 2: the mean image of each class, generated (top) and real (bottom).
 
-    And samples.gif: the images from one batch of noise as training went on, sorted by their final class.
+    And samples.gif: the images from one batch of noise as training went on, sorted by their final class. All are drawn
+    in train mode, as in training: after generator.eval() the same noise gives somewhat other images.
     """
     grid = partial(make_grid, nrow=10, normalize=True, scale_each=True, pad_value=0.5)
     noise = torch.randn(num_classes // 5, 500, generator.latent_dim, device=test_set[0].device)  # 100 images a class
