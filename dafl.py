@@ -502,7 +502,7 @@ def parse_args(argv=None):
         flag, kind, values = "--" + name.replace("_", "-"), type(least), ", ".join(f"{value:g}" for value in values)
         group.add_argument(flag, help=f"{text} ({values})", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__)
 
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))  # of the hyperparameters only those typed
     column = 2 + 2 * list(DATASETS).index(given["dataset"]) + (given["recipe"] == "released")  # after the limits
     defaults = {name: parser.get_default(name) for name in given} | {name: row[column] for name, row in RECIPES.items()}
     args = defaults | given
@@ -528,7 +528,7 @@ def main(argv=None):
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             state = {key: saved[key] for key in state}
             args, _ = parse_args(state["flags"])
-            teacher_file = {"teacher": None, "student": folder / "teacher.pt"}[state["stage"]]
+            teacher_file = {"teacher": None, "student": folder / "teacher.pt"}[state["stage"]]  # None: fit restores it
 
     # What is given: a teacher or the data to train one, and the images to test on
     device, mnist, fast = args.device, args.dataset == "mnist", args.recipe == "fast"
@@ -568,7 +568,7 @@ def main(argv=None):
     # 2. The student, by one row of Table 1
     torch.manual_seed(args.seed)  # again: the same student whether its teacher was trained, read or resumed
     student = to_device(LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width), device, fast)
-    steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # as many student updates
+    steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # one update each
     optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, (0.4, 0.8))
     parts = {"student": student, "optimizer_s": optimizer_s, "schedule": schedule}
     batch_size, image_shape, film_noise = args.batch_size, test_set[0].shape[1:], None
@@ -576,7 +576,7 @@ def main(argv=None):
     if args.images == "generator":
         black_to_white = [(pixel - mean[0]) / std[0] for pixel in (0, 1)] if mnist and fast else (-math.inf, math.inf)
         generator = to_device(Generator(args.latent_dim, image_shape[0], 32, black_to_white), device, fast)
-        optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)
+        optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)  # at a constant rate
         capacity = max(batch_size, min(steps * batch_size, 25_600)) if args.replay else 0
         buffer = ReplayBuffer(capacity, image_shape).to(device)
         parts |= {"generator": generator, "optimizer_g": optimizer_g, "buffer": buffer}
@@ -592,8 +592,8 @@ def main(argv=None):
         return losses
 
     table_1 = {
-        "labels": lambda: classifier_step(student, optimizer_s, *real_batch(batch_size)),
-        "real": lambda: learn_from(real_batch(batch_size)[0]),
+        "labels": lambda: classifier_step(student, optimizer_s, *real_batch(batch_size)),  # no teacher
+        "real": lambda: learn_from(real_batch(batch_size)[0]),  # no labels
         "noise": lambda: learn_from(torch.randn(batch_size, *image_shape, device=device)),
         "generator": generator_step,
     }
