@@ -7,10 +7,12 @@
 A trained classifier, the teacher, is all that is left; its training data are gone. A generator learns to draw images
 that the fixed teacher takes for its own data: it is sure of each (L_oh), its features are strong (L_a), and a
 batch covers all classes evenly (L_ie). A smaller student learns to give the teacher's outputs on those images (L_KD).
-Then it is tested on real images, none of which it has seen.
+Then it is tested on real images, none of which it has seen. Beyond the paper, by default the student also learns from
+past images again, so that minutes do instead of hours.
 
-    python dafl.py           # MNIST: trains a teacher, then a student without data
-    python dafl.py --help    # every flag with its defaults
+    python dafl.py                       # MNIST: trains a teacher, then a student without data
+    python dafl.py --recipe released     # the same with the authors' loop and values
+    python dafl.py --help                # every flag with its defaults
 """
 
 import argparse
@@ -123,7 +125,7 @@ class UpsampleConv2d(nn.Conv2d):
     """nn.Upsample(scale_factor=2) and a 3x3 nn.Conv2d in one: the same numbers for 2.25 times fewer products."""
 
     def forward(self, x):
-        # A pixel repeated over 2x2 meets the sum of four shifted kernels, which is 4 times their average.
+        # A pixel repeated over 2x2 adds its mirrored 3x3 kernel at four places: a 4x4 kernel, 4 times their average.
         kernel = 4 * F.avg_pool2d(F.pad(self.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1).transpose(0, 1)
         layout = torch.contiguous_format if x.device.type == "mps" else torch.channels_last  # faster, except on MPS
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
@@ -370,7 +372,8 @@ def to_device(network, device, low_precision=True):
 def make_optimizer(network, lr, steps, recipe, milestones):
     """Adam for a LeNet5, SGD for a ResNet, and the schedule of its learning rate.
 
-    Fast: up for a sixth of the steps, then down to 0. Released: constant; a ResNet's falls to a tenth at milestones.
+    Fast: up for a sixth of the steps, then down to 0. Released: constant; a ResNet's falls to a tenth at milestones,
+    given as shares of the steps (the authors' teacher: after 79 and 119 of 199 epochs).
     """
     if isinstance(network, LeNet5):
         optimizer, milestones = torch.optim.Adam(network.parameters(), lr), ()
