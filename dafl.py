@@ -287,7 +287,7 @@ RECIPES = {  # the least and greatest allowed; the values of fast and released (
     "batch_size":     (2, 10**5,       64,    512,    128,   1_024,    128,   1_024, "images in a batch"),
     "latent_dim":     (1, 10**5,      100,    100,    256,   1_000,    256,   1_000, "length of the noise z"),
     "lr_g":           (0.0, 1e6,     0.01,    0.2,  0.001,    0.02,  0.001,    0.02, "learning rate of the generator"),
-    "lr_s":           (0.0, 1e6,   0.0025,  0.002,    0.1,     0.1,    0.1,     0.1, "learning rate of the student"),
+    "lr_s":           (0.0, 1e6,    0.005,  0.002,    0.1,     0.1,    0.1,     0.1, "learning rate of the student"),
     "oh":             (0.0, 1e6,      1.0,    1.0,    1.0,    0.05,    0.5,     0.5, "weight of L_oh, Eq. 4"),
     "alpha":          (0.0, 1e6,      0.1,    0.1,   0.01,    0.01,    0.1,     0.1, "weight of L_a, Eq. 5"),
     "beta":           (0.0, 1e6,      5.0,    5.0,    5.0,     5.0,   20.0,    20.0, "weight of L_ie, Eq. 6"),
