@@ -149,10 +149,10 @@ class Generator(nn.Module):
             nn.BatchNorm2d(128),
             UpsampleConv2d(128, 128, 3),  # (N, 128, 16, 16)
             nn.BatchNorm2d(128, eps=0.8),  # as released
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             UpsampleConv2d(128, 64, 3),  # (N, 64, 32, 32)
             nn.BatchNorm2d(64, eps=0.8),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(64, channels, 3, padding=1),  # (N, channels, 32, 32)
             nn.Tanh(),
             nn.BatchNorm2d(channels, affine=False),
