@@ -122,7 +122,7 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2) and a 3x3 nn.Conv2d in one: the same numbers for 2.25 times fewer products."""
+    """nn.Upsample(scale_factor=2), then a 3x3 nn.Conv2d of padding 1: the same numbers, 2.25 times fewer products."""
 
     def forward(self, x):
         # A pixel repeated over 2x2 adds its mirrored 3x3 kernel at four places: a 4x4 kernel, 4 times their average.
@@ -283,7 +283,7 @@ DATASETS = {  # torchvision's class, classes, mean and std of each channel (pixe
 # fmt: off
 RECIPES = {  # the least and greatest allowed; the values of fast and released (the authors') for each data set; help
     #                               mnist: fast, released  cifar10         cifar100
-    "steps":          (1, 10**9,      400, 24_000,  4_000, 240_000,  4_000, 240_000, "steps of 1 + replay updates"),
+    "steps":          (1, 10**9,      400, 24_000,  4_000, 240_000,  4_000, 240_000, "steps, each 1 + replay updates"),
     "batch_size":     (2, 10**5,       64,    512,    128,   1_024,    128,   1_024, "images in a batch"),
     "latent_dim":     (1, 10**5,      100,    100,    256,   1_000,    256,   1_000, "length of the noise z"),
     "lr_g":           (0.0, 1e6,     0.01,    0.2,  0.001,    0.02,  0.001,    0.02, "learning rate of the generator"),
@@ -421,7 +421,7 @@ def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, 
     parts maps names to all with a state_dict, including the "schedule" and the network to test, parts[stage]. state is
     the rest of a checkpoint, updated in place; if it was saved in this stage, training goes on from there. A report is
     a line on the screen and in log.csv and, for the GIF, what the generator makes of film_noise. Returns the last
-    accuracy. Raises FloatingPointError.
+    accuracy. Raises FloatingPointError, OSError.
     """
     device = test_set[0].device
     rng = torch if device.type == "cpu" else torch.get_device_module(device)
@@ -531,7 +531,7 @@ def main(argv=None):
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             state = {key: saved[key] for key in state}
             args, _ = parse_args(state["flags"])
-            teacher_file = {"teacher": None, "student": folder / "teacher.pt"}[state["stage"]]  # None: fit restores it
+            teacher_file = folder / "teacher.pt" if state["stage"] == "student" else None  # if None, fit restores it
 
     # What is given: a teacher or the data to train one, and the images to test on
     device, mnist, fast = args.device, args.dataset == "mnist", args.recipe == "fast"
@@ -571,7 +571,7 @@ def main(argv=None):
     # 2. The student, by one row of Table 1
     torch.manual_seed(args.seed)  # again: the same student whether its teacher was trained, read or resumed
     student = to_device(LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width), device, fast)
-    steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # one update each
+    steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # as many updates
     optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, (0.4, 0.8))
     parts = {"student": student, "optimizer_s": optimizer_s, "schedule": schedule}
     batch_size, image_shape, film_noise = args.batch_size, test_set[0].shape[1:], None
