@@ -531,7 +531,7 @@ def main(argv=None):
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             state = {key: saved[key] for key in state}
             args, _ = parse_args(state["flags"])
-            teacher_file = folder / "teacher.pt" if state["stage"] == "student" else None  # if None, fit restores it
+            teacher_file = {"teacher": None, "student": folder / "teacher.pt"}[state["stage"]]  # None: fit restores it
 
     # What is given: a teacher or the data to train one, and the images to test on
     device, mnist, fast = args.device, args.dataset == "mnist", args.recipe == "fast"
