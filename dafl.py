@@ -18,7 +18,9 @@ past images again, so that minutes do instead of hours.
 import argparse
 import csv
 import io
+import json
 import math
+import os
 import re
 import sys
 import time
@@ -27,6 +29,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +37,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 # === The method: down to the next double line, it needs only PyTorch =================================================
 
-# --- Section 3.1: teacher and student, each giving (logits, features), and the loss between them ---------------------
+# --- Section 3.1: teacher and student, and the loss between them -----------------------------------------------------
 
 
 class LeNet5(nn.Module):
@@ -106,11 +109,13 @@ class ResNet(nn.Module):
 resnet34, resnet18 = partial(ResNet, (3, 4, 6, 3)), partial(ResNet, (2, 2, 2, 2))  # CIFAR's teacher and student
 
 
-def kd_loss(student_logits, teacher_logits, temperature=1.0):
-    """L_KD, Eq. 1 less the teacher's own entropy: KL(teacher || student) in nats, batch mean; both logits (N, K).
+def kd_loss(student_logits, teacher_logits, temperature=1):
+    """L_KD = mean_i sum_k p_ik ln(p_ik / q_ik), Eq. 1: the student's answers q should be the teacher's answers p.
 
-    At temperature 1 it has the gradient of Eq. 1. A higher one shows how the teacher ranks the classes that it rules
-    out; its square keeps the size of the gradient (Hinton et al., 2015). ValueError if shapes differ.
+    p and q are the softmax of the logits (N, K). Eq. 1 is their cross-entropy, which is this plus the entropy of p; no
+    student can change that, so the gradient is the same, and 0 means that both agree. At a temperature T both logits
+    are divided by T, which shows more of how the teacher ranks the classes that it rules out, and the loss is times
+    T^2, which keeps the size of the gradient (Hinton et al., 2015). Raises ValueError if shapes differ.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"shapes differ: student {[*student_logits.shape]}, teacher {[*teacher_logits.shape]}")
@@ -119,16 +124,6 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
 
 
 # --- Section 3.2: the generator and its three losses -----------------------------------------------------------------
-
-
-class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2), then a 3x3 nn.Conv2d of padding 1: the same numbers, 2.25 times fewer products."""
-
-    def forward(self, x):
-        # A pixel repeated over 2x2 adds its mirrored 3x3 kernel at four places: a 4x4 kernel, 4 times their average.
-        kernel = 4 * F.avg_pool2d(F.pad(self.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1).transpose(0, 1)
-        layout = torch.contiguous_format if x.device.type == "mps" else torch.channels_last  # faster, except on MPS
-        return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
@@ -143,12 +138,12 @@ class Generator(nn.Module):
             raise ValueError(f"image_size must be a multiple of 4, not {image_size}")
         super().__init__()
         self.latent_dim, self.start_size = latent_dim, image_size // 4
-        self.register_buffer("pixel_range", torch.tensor(pixel_range))
+        self.register_buffer("pixel_range", torch.tensor(pixel_range))  # a buffer, so that generator.pt keeps it
         self.linear = nn.Linear(latent_dim, 128 * self.start_size**2)
         self.layers = nn.Sequential(  # (N, 128, 8, 8)
             nn.BatchNorm2d(128),
-            UpsampleConv2d(128, 128, 3),  # (N, 128, 16, 16)
-            nn.BatchNorm2d(128, eps=0.8),  # as released
+            UpsampleConv2d(128, 128, 3),  # nn.Upsample(scale_factor=2) and nn.Conv2d in one: (N, 128, 16, 16)
+            nn.BatchNorm2d(128, eps=0.8),  # 0.8 as released
             nn.LeakyReLU(0.2, inplace=True),
             UpsampleConv2d(128, 64, 3),  # (N, 64, 32, 32)
             nn.BatchNorm2d(64, eps=0.8),
@@ -160,16 +155,19 @@ class Generator(nn.Module):
 
     def forward(self, z):
         x = self.linear(z).unflatten(1, (128, self.start_size, self.start_size))
-        return self.layers(x).clamp(*self.pixel_range).to(z.dtype)
+        return self.layers(x).clamp(*self.pixel_range)
 
 
 def one_hot_loss(logits):
-    """L_oh, Eq. 4: cross-entropy of the teacher's logits (N, K) against their own argmax; low when it is sure."""
+    """L_oh = mean_i -ln p_i[t_i], Eq. 4, with p_i the softmax of the teacher's logits (N, K), t_i their argmax.
+
+    The teacher should be sure of each image, as it is of real ones.
+    """
     return F.cross_entropy(logits, logits.argmax(1))
 
 
 def activation_loss(features):
-    """L_a, Eq. 5: minus the mean absolute feature (N, D) of the teacher; low when its filters respond strongly.
+    """L_a = -mean |f|, Eq. 5, with f the teacher's features (N, D): they should be strong, as real images make them.
 
     The mean is over N and D, as in the released code, to whose scale alpha belongs; Eq. 5 sums over D.
     """
@@ -177,10 +175,10 @@ def activation_loss(features):
 
 
 def information_entropy_loss(logits):
-    """L_ie, Eq. 6: minus the entropy of the mean prediction p; lowest when a batch covers all classes evenly.
+    """L_ie = sum_k p_k log10 p_k, Eq. 6, with p the mean softmax of a batch of the teacher's logits (N, K).
 
-    Logits (N, K) to sum p log10 p, from -log10 K to 0. That is the released code's scale, to which beta belongs; Eq. 6
-    has a factor 1/K besides.
+    A batch should show all classes equally often: from 0, a single class, to the best, -log10 K. The scale is the
+    released code's, to which beta belongs; Eq. 6 has a factor 1/K besides.
     """
     p = logits.softmax(1).mean(0)
     return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log10()).sum()
@@ -190,11 +188,26 @@ def information_entropy_loss(logits):
 
 
 def classify(network, images):
-    """Logits (N, K) and features (N, D) of images (N, C, H, W). Raises ValueError unless the network returns both."""
+    """Logits (N, K) and features (N, ...) of images (N, C, H, W), from a network that returns (logits, features).
+
+    It may return logits alone; features are None then. Logits are what comes before any softmax. Raises ValueError for
+    anything else and for fewer than two classes.
+    """
     outputs = network(images)
-    if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
-        raise ValueError("teacher and student must return (logits, features); features are the last layers' input")
-    return [output.to(images.dtype) for output in outputs]  # float32 again after bf16
+    parts = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    good = len(parts) in (1, 2) and all(isinstance(x, torch.Tensor) and x.shape[:1] == images.shape[:1] for x in parts)
+    if not good or parts[0].ndim != 2 or parts[0].shape[1] < 2:
+        came = ", ".join(str([*x.shape]) if isinstance(x, torch.Tensor) else type(x).__name__ for x in parts)
+        raise ValueError(f"a network must return logits [N, K], K >= 2, or (logits, features [N, ...]), not {came}")
+    return parts[0], parts[1] if len(parts) == 2 else None
+
+
+def freeze_teacher(teacher, student):
+    """Fix the teacher and set the student to training. Raises ValueError if a part of the student is fixed then, too."""
+    teacher.eval().requires_grad_(False)
+    student.train()
+    if not all(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("the student has fixed parameters: call requires_grad_() on it, and let it share no layer")
 
 
 def update(optimizer, loss):
@@ -209,18 +222,26 @@ def distill_step(
 ):
     """One step of Algorithm 1: one update of the generator, then one of the student, both in place.
 
-    Teacher and student return (logits, features); the teacher is frozen. The generator has a latent_dim. Eq. 7 has no
-    weight oh on L_oh. Returns the losses l_oh, l_a, l_ie and l_kd by name and the images (N, C, H, W), all detached.
+    teacher, student: any networks from images to logits (N, K) before softmax, alone or as (logits, features). Only
+    L_a needs features, the teacher's: the input of its last layers. The teacher stays frozen afterwards.
+    generator: from noise (N, generator.latent_dim) to images (N, C, H, W).
+    oh, alpha, beta: the weights of Eq. 7, which has none on L_oh. temperature: of L_KD; Eq. 1 has 1, dafl.py runs at 4.
+
+    Returns the losses, a dictionary of l_oh, l_a, l_ie and l_kd, and the images, all detached. Raises ValueError if a
+    network returns anything else, alpha is not 0 without features, or a part of the student cannot be trained.
     """
-    teacher.eval().requires_grad_(False)
-    student.train()
+    freeze_teacher(teacher, student)
     generator.train()
 
     # Module 1: the generator
     z = torch.randn(batch_size, generator.latent_dim, device=next(generator.parameters()).device)
     images = generator(z)
     logits, features = classify(teacher, images)
-    l_oh, l_a, l_ie = one_hot_loss(logits), activation_loss(features), information_entropy_loss(logits)
+    if features is None and alpha:
+        raise ValueError("L_a needs features: return (logits, features) from the teacher, or set alpha to 0")
+    l_oh = one_hot_loss(logits)
+    l_a = torch.zeros(()) if features is None else activation_loss(features)
+    l_ie = information_entropy_loss(logits)
     update(optimizer_g, oh * l_oh + alpha * l_a + beta * l_ie)  # L_Total, Eq. 7
 
     # Module 2: the student, on the same images as in the released code; the paper draws a second batch
@@ -230,85 +251,100 @@ def distill_step(
     return {"l_oh": l_oh.detach(), "l_a": l_a.detach(), "l_ie": l_ie.detach(), "l_kd": l_kd.detach()}, images
 
 
-def kd_step(teacher, student, optimizer_s, images, temperature=1.0):
-    """One update of the student, in place, on given images (N, C, H, W). Returns its loss by name: l_kd, detached."""
-    teacher.eval().requires_grad_(False)
-    student.train()
+def kd_step(teacher, student, optimizer_s, images, temperature=1):
+    """One update of the student alone, in place, on given images (N, C, H, W). Networks and errors: distill_step's.
+
+    Returns its loss, a dictionary of l_kd, detached. temperature: of L_KD; Eq. 1 has 1, dafl.py runs at 4.
+    """
+    freeze_teacher(teacher, student)
     l_kd = kd_loss(classify(student, images)[0], classify(teacher, images)[0], temperature)
     update(optimizer_s, l_kd)
     return {"l_kd": l_kd.detach()}
 
 
-# --- Beyond the paper: images are slow to generate and quick to learn from, so past ones are replayed ----------------
+# === Beyond the paper ================================================================================================
+# Images are slow to generate and quick to learn from. So the student learns again from past ones, as in later work on
+# data-free distillation (Binici et al., WACV 2022, https://arxiv.org/abs/2108.05698), each time mixed in another way.
 
 
-class ReplayBuffer(nn.Module):
-    """The latest `capacity` images of shape (C, H, W), in half precision; a module, so that it has a state_dict."""
+class ReplayBuffer:
+    """The latest `capacity` images of one shape (C, H, W), in half precision."""
 
     def __init__(self, capacity, image_shape):
-        super().__init__()
-        self.register_buffer("added", torch.tensor(0))  # a tensor, to be in the state_dict
-        self.register_buffer("images", torch.zeros(capacity, *image_shape, dtype=torch.float16))
+        self.capacity, self.images = capacity, torch.empty(0, *image_shape, dtype=torch.float16)
 
     def add(self, images):
-        """Put images (N, C, H, W) in the place of the oldest."""
-        slots = (self.added + torch.arange(len(images), device=images.device)) % len(self.images)
-        self.images[slots] = images.half()
-        self.added += len(images)
+        """Take in images (N, C, H, W) and drop the oldest. Raises ValueError if they have another shape."""
+        if images.shape[1:] != self.images.shape[1:]:
+            raise ValueError(f"the images must be {[*self.images.shape[1:]]}, not {[*images.shape[1:]]}")
+        self.images = torch.cat([self.images.to(images.device), images.half()])[-self.capacity :]
 
     def sample(self, n):
-        """Images (n, C, H, W), drawn with replacement from those added so far."""
-        filled = self.added.clamp(max=len(self.images))
-        return self.images[(torch.rand(n, device=filled.device) * filled).long()].float()
+        """Images (n, C, H, W), drawn with replacement from those kept. Raises ValueError if there are none yet."""
+        if len(self.images) == 0:
+            raise ValueError("add images before drawing from them")
+        return self.images[torch.randint(len(self.images), (n,), device=self.images.device)].float()
+
+    def state_dict(self):
+        """For checkpoints."""
+        return {"images": self.images}
+
+    def load_state_dict(self, state):
+        """Of a checkpoint."""
+        self.images = state["images"]
 
 
 def cutmix(images):
-    """CutMix (Yun et al., ICCV 2019) by half-planes: beyond a random line an image (N, C, H, W) shows another one."""
+    """CutMix (Yun et al., ICCV 2019): beyond a random straight line, each image (N, C, H, W) shows another of the batch.
+
+    CutMix proper pastes rectangles and mixes the labels; here the teacher labels the mixture.
+    """
     n, _, height, width = images.shape
-    turns, threshold = torch.rand(2, n, 1, 1, 1, device=images.device)
+    turns, offset = torch.rand(2, n, 1, 1, 1, device=images.device)
     angle = 2 * math.pi * turns
     y = torch.linspace(-1, 1, height, device=images.device)[:, None]
     x = torch.linspace(-1, 1, width, device=images.device)
-    keep = x * angle.cos() + y * angle.sin() > threshold - 0.5
-    return torch.where(keep, images, images[torch.randperm(n, device=images.device)])
+    own = x * angle.cos() + y * angle.sin() > offset - 0.5  # the line passes the centre (0, 0) within half a radius
+    return torch.where(own, images, images[torch.randperm(n, device=images.device)])
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """nn.Upsample(scale_factor=2), then a 3x3 nn.Conv2d of padding 1: the same numbers, 2.25 times fewer products."""
+
+    def forward(self, x):
+        # A pixel repeated over 2x2 adds its mirrored 3x3 kernel at four places: a 4x4 kernel, 4 times their average.
+        kernel = 4 * F.avg_pool2d(F.pad(self.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1).transpose(0, 1)
+        layout = torch.contiguous_format if x.device.type == "mps" else torch.channels_last  # faster, except on MPS
+        return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
 # === The experiments of Section 4: from here on there are data sets, files and flags =================================
 
-DATASETS = {  # torchvision's class, classes, mean and std of each channel (pixels 0 to 1), teacher's batch and rate
-    "mnist": (datasets.MNIST, 10, (0.1307,), (0.3081,), 256, 1e-3),
-    "cifar10": (datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 128, 0.1),
-    "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 128, 0.1),
+DATASETS = {  # torchvision's class, number of classes, mean and std of each channel for pixels from 0 to 1
+    "mnist": (datasets.MNIST, 10, (0.1307,), (0.3081,)),
+    "cifar10": (datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-# fmt: off
-RECIPES = {  # the least and greatest allowed; the values of fast and released (the authors') for each data set; help
-    #                               mnist: fast, released  cifar10         cifar100
-    "steps":          (1, 10**9,      400, 24_000,  4_000, 240_000,  4_000, 240_000, "steps, each 1 + replay updates"),
-    "batch_size":     (2, 10**5,       64,    512,    128,   1_024,    128,   1_024, "images in a batch"),
-    "latent_dim":     (1, 10**5,      100,    100,    256,   1_000,    256,   1_000, "length of the noise z"),
-    "lr_g":           (0.0, 1e6,     0.01,    0.2,  0.001,    0.02,  0.001,    0.02, "learning rate of the generator"),
-    "lr_s":           (0.0, 1e6,    0.005,  0.002,    0.1,     0.1,    0.1,     0.1, "learning rate of the student"),
-    "oh":             (0.0, 1e6,      1.0,    1.0,    1.0,    0.05,    0.5,     0.5, "weight of L_oh, Eq. 4"),
-    "alpha":          (0.0, 1e6,      0.1,    0.1,   0.01,    0.01,    0.1,     0.1, "weight of L_a, Eq. 5"),
-    "beta":           (0.0, 1e6,      5.0,    5.0,    5.0,     5.0,   20.0,    20.0, "weight of L_ie, Eq. 6"),
-    "temperature":    (1e-3, 1e3,     4.0,    1.0,    4.0,     1.0,    4.0,     1.0, "temperature of L_KD"),
-    "replay":         (0, 1000,        24,      0,      4,       0,      4,       0, "past batches replayed per step"),
-    "width":          (0.2, 10.0,     1.0,    1.0,   0.25,     1.0,   0.25,     1.0, "width (MNIST student: half)"),
-    "teacher_epochs": (1, 10**5,        9,      9,     40,     199,     40,     199, "epochs of the teacher"),
+RECIPE_NAMES = ("fast", "released")  # released: the authors' values and loop
+RECIPES = {  # of each hyperparameter the least value, (fast, released) for mnist, cifar10 and cifar100, and help
+    "steps": (1, (400, 24_000), (4_000, 240_000), (4_000, 240_000), "steps, each of 1 + replay student updates"),
+    "batch_size": (2, (64, 512), (128, 1_024), (128, 1_024), "images in a batch of the student's"),
+    "latent_dim": (1, (100, 100), (256, 1_000), (256, 1_000), "length of the noise z"),
+    "lr_g": (0.0, (0.01, 0.2), (0.001, 0.02), (0.001, 0.02), "learning rate of the generator"),
+    "lr_s": (0.0, (0.005, 0.002), (0.1, 0.1), (0.1, 0.1), "learning rate of the student"),
+    "oh": (0.0, (1.0, 1.0), (1.0, 0.05), (0.5, 0.5), "weight of L_oh, Eq. 4"),
+    "alpha": (0.0, (0.1, 0.1), (0.01, 0.01), (0.1, 0.1), "weight of L_a, Eq. 5"),
+    "beta": (0.0, (5.0, 5.0), (5.0, 5.0), (20.0, 20.0), "weight of L_ie, Eq. 6"),
+    "temperature": (0.001, (4.0, 1.0), (4.0, 1.0), (4.0, 1.0), "temperature of L_KD"),
+    "replay": (0, (24, 0), (4, 0), (4, 0), "batches of past images replayed in a step"),
+    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "width of the teacher (MNIST's student: half of it)"),
+    "teacher_epochs": (1, (9, 9), (40, 199), (40, 199), "epochs of the teacher"),
+    "teacher_batch_size": (2, (256, 256), (128, 128), (128, 128), "images in a batch of the teacher's"),
+    "teacher_lr": (0.0, (0.001, 0.001), (0.1, 0.1), (0.1, 0.1), "learning rate of the teacher"),
 }
-# fmt: on
-LOG_COLUMNS = ["stage", "step", "seconds", "loss", "l_oh", "l_a", "l_ie", "l_kd", "accuracy"]
+LARGEST = 10**15  # of any flag: more than fits anywhere, less than overflows
+LOG_COLUMNS = ("stage", "step", "seconds", "loss", "l_oh", "l_a", "l_ie", "l_kd", "accuracy")
 CHECKPOINT_SECONDS = 60
-BAD_FILE = OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, UnpicklingError
-
-
-@contextmanager
-def using(source):
-    """Turn what a missing, damaged or foreign file raises into an OSError that names the source."""
-    try:
-        yield
-    except BAD_FILE as error:
-        raise OSError(f"cannot use {source}: {' '.join(str(error).split())[:200] or 'it is damaged'}") from error
 
 
 def load_dataset(name, split, data_dir=Path(__file__).parent / "data", device="cpu"):
@@ -318,9 +354,15 @@ def load_dataset(name, split, data_dir=Path(__file__).parent / "data", device="c
     """
     if name not in DATASETS or split not in ("train", "test"):
         raise ValueError(f"no {split!r} split of {name!r}: there are 'train' and 'test' of {', '.join(DATASETS)}")
-    source, _, mean, std, _, _ = DATASETS[name]
-    with using(f"{name} in {data_dir} (delete damaged files there)"):
+    source, _, mean, std = DATASETS[name]
+    try:
         dataset = source(data_dir, split == "train", download=True)
+    except Exception as error:  # torchvision has many kinds
+        no_access = isinstance(error, OSError) or "Error downloading" in str(error)
+        advice = "" if no_access else " (delete the damaged files there)"
+        raise OSError(
+            f"cannot read or download {name} in {data_dir}{advice}: {' '.join(str(error).split())}"
+        ) from error
     images = torch.as_tensor(dataset.data)  # uint8 (N, 28, 28) or (N, 32, 32, 3)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     images = TF.to_dtype(TF.resize(images, [32, 32]).to(device), torch.float32, scale=True)
@@ -345,19 +387,28 @@ def classifier_step(network, optimizer, images, labels):
 
 
 @torch.no_grad()
-def evaluate(model, images, labels):
-    """Accuracy in [0, 1] of a classifier on normalised images (N, C, H, W) with labels (N,)."""
-    model.eval()
+def evaluate(network, images, labels):
+    """Accuracy in [0, 1] of a classifier on normalised images (N, C, H, W) with labels (N,). ValueError: not one each."""
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"there must be a label for each image: labels {[*labels.shape]}, images {[*images.shape]}")
+    network.eval()
     batches = zip(images.split(500), labels.split(500))
-    correct = sum((classify(model, x)[0].argmax(1) == y).sum() for x, y in batches)
+    correct = sum((classify(network, x)[0].argmax(1) == y).sum() for x, y in batches)
     return correct.item() / len(labels)
 
 
 def to_device(network, device, low_precision=True):
     """Move a network, in place, to "cpu", "cuda" or "mps", in its fastest layout, and in bf16 where that pays.
 
-    It pays for all but a LeNet5: on CUDA GPUs that have bf16, on CPUs with AMX and on AMD's since Zen 4.
+    It pays for all but a LeNet5: on CUDA GPUs that have bf16, on CPUs with AMX and on AMD's since Zen 4. What the
+    network takes and returns is float32 nevertheless.
     """
+
+    def forward_in_bf16(self, x):
+        with torch.autocast(device, torch.bfloat16):
+            outputs = type(self).forward(self, x)
+        return outputs.to(x.dtype) if isinstance(outputs, torch.Tensor) else [part.to(x.dtype) for part in outputs]
+
     # On Apple GPUs BatchNorm's gradient is wrong in channels_last (github.com/pytorch/pytorch/issues/175189).
     network.to(device, memory_format=torch.preserve_format if device == "mps" else torch.channels_last)
     cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
@@ -365,190 +416,225 @@ def to_device(network, device, low_precision=True):
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if has_bf16 and low_precision and not isinstance(network, LeNet5):
-        network.forward = torch.autocast(device, torch.bfloat16)(network.forward)
+        network.forward = MethodType(forward_in_bf16, network)  # a method, so that a deep copy gets its own
     return network
 
 
 def make_optimizer(network, lr, steps, recipe, milestones):
     """Adam for a LeNet5, SGD for a ResNet, and the schedule of its learning rate.
 
-    Fast: up for a sixth of the steps, then down to 0. Released: constant; a ResNet's falls to a tenth at milestones,
-    given as shares of the steps (the authors' teacher: after 79 and 119 of 199 epochs).
+    Fast: up for a sixth of the steps, then down to 0. Released: constant for a LeNet5; a ResNet's falls to a tenth at
+    each milestone, given as a share of the steps.
     """
     if isinstance(network, LeNet5):
         optimizer, milestones = torch.optim.Adam(network.parameters(), lr), ()
     else:
         optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    if recipe == "fast":
-        return optimizer, LambdaLR(optimizer, lambda step: min(6 * (step + 1) / steps, 1.2 * (1 - step / steps)))
-    return optimizer, MultiStepLR(optimizer, [round(share * steps) for share in milestones])
+    if recipe == "released":
+        return optimizer, MultiStepLR(optimizer, [round(share * steps) for share in milestones])
+    # The lower of a rising and a falling line, which meet at 1, the full rate, after a sixth of the steps.
+    return optimizer, LambdaLR(optimizer, lambda step: min(6 * (step + 1) / steps, 1.2 * (1 - step / steps)))
 
 
-def new_folder(name):
-    """Make runs/NAME, or runs/NAME-2 and so on, and return it: to make a folder is to claim it."""
+# --- Runs: their files, the training loop, the picture ---------------------------------------------------------------
+
+
+def new_folder(name, flags):
+    """Make runs/NAME, or runs/NAME-2 and so on, with the flags in args.json and an empty log.csv. Raises OSError."""
+    Path("runs").mkdir(exist_ok=True)
     for number in count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()  # to make a folder is to claim it
+            (folder / "log.csv").write_text(",".join(LOG_COLUMNS) + "\n")
+            (folder / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
             return folder
-
-
-def open_log(folder):
-    """log.csv, locked until this process closes it or dies, so that no two write to a folder. Raises OSError."""
-    file = (folder / "log.csv").open("a", newline="")
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise OSError(f"cannot use {folder}: its run is still alive") from error
-    except (ImportError, OSError):  # Windows and some network drives have no such lock
-        pass
-    return file
 
 
 def save(content, path):
     """torch.save, but whole or not at all. Raises OSError."""
     buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save(content, buffer)
+    torch.save(content, buffer)  # straight into a full disk it would raise a RuntimeError that says nothing
     temporary.write_bytes(buffer.getbuffer())
     temporary.replace(path)
 
 
-def fit(stage, train_step, steps, parts, state, checkpoint, log_file, test_set, film_noise=None):
+@contextmanager
+def reading(path, fault):
+    """Turn what a missing file, or one with the fault, raises into an OSError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, UnpicklingError) as error:
+        raise OSError(f"cannot use {path}: {fault}") from error
+
+
+def load_weights(network, path, description):
+    """Read a network's state dict from a file, in place. Raises OSError if the file holds anything else.
+
+    Names may begin with "module." or "_orig_mod.", as DataParallel and torch.compile leave them.
+    """
+    with reading(path, "it holds no state dict, as torch.save(network.state_dict(), FILE) writes one"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    entries = [
+        [f"{name} {[*getattr(x, 'shape', [type(x).__name__])]}" for name, x in content.items()]
+        for content in (state, network.state_dict())
+    ]
+    strange, missing = ([x for x in a if x not in b] for a, b in (entries, entries[::-1]))
+    if strange or missing:
+        has, lacks = (", ".join([*x[:2], "..."][: len(x)]) or "nothing else" for x in (strange, missing))
+        raise OSError(f"cannot use {path}: no state dict of {description}: it has {has} and lacks {lacks}")
+    network.load_state_dict(state)
+
+
+def save_checkpoint(path, parts, device, **progress):
+    """Write the states of all parts and of the device's random numbers, and the progress. Raises OSError."""
+    rng = torch if device.type == "cpu" else torch.get_device_module(device)
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save({"parts": states, "rng": {device.type: rng.get_rng_state()}, "progress": progress}, path)
+
+
+def load_checkpoint(path, parts, device):
+    """Put the states back, in place, random numbers on the same kind of device only. Returns the progress."""
+    rng = torch if device.type == "cpu" else torch.get_device_module(device)
+    with reading(path, "it is damaged, or of a run with other flags"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved["parts"][name])
+        rng.set_rng_state(saved["rng"].get(device.type, rng.get_rng_state()))
+        return saved["progress"]
+
+
+def fit(stage, train_step, steps, parts, folder, test_set):
     """The one training loop: train_step() `steps` times, about eleven reports, and a checkpoint a minute.
 
-    parts maps names to all with a state_dict, including the "schedule" and the network to test, parts[stage]. state is
-    the rest of a checkpoint, updated in place; if it was saved in this stage, training goes on from there. A report is
-    a line on the screen and in log.csv and, for the GIF, what the generator makes of film_noise. Returns the last
-    accuracy. Raises FloatingPointError, OSError.
+    parts maps names to all with a state_dict, including the "schedule" and the network to test, parts[stage]. If the
+    folder has a checkpoint of this stage, training goes on from there. A report is a line on the screen and in log.csv.
+    Returns the last accuracy. Raises FloatingPointError, OSError.
     """
-    device = test_set[0].device
-    rng = torch if device.type == "cpu" else torch.get_device_module(device)
-    if state["stage"] == stage:  # resumed
-        with using(checkpoint):
-            if state["step"] > steps:
-                raise ValueError(f"step {state['step']} of {steps}")
-            rng.set_rng_state(state["parts"].pop("random"))
-            for name, part in parts.items():
-                part.load_state_dict(state["parts"].pop(name))
-    else:
-        state |= {"stage": stage, "step": 0, "seconds": 0.0}
-    parameters = [p for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    started_at, saved_at = time.monotonic() - state["seconds"], -math.inf
-    for step in range(state["step"] + 1, steps + 1):
+
+    def check_finite(step):
+        if not all(p.isfinite().all() for x in parts.values() if isinstance(x, nn.Module) for p in x.parameters()):
+            raise FloatingPointError(f"step {step:,} of the {stage} is not finite: too high a rate, or a bad teacher")
+
+    device, checkpoint, log = test_set[0].device, folder / f"{stage}-checkpoint.pt", folder / "log.csv"
+    done = {"step": 0, "seconds": 0.0}
+    if checkpoint.exists():
+        done = load_checkpoint(checkpoint, parts, device)
+        os.truncate(log, done["log_size"])  # rows of later steps will come again
+    started_at, saved_at, shown_at = time.monotonic() - done["seconds"], -math.inf, -math.inf
+    for step in range(done["step"] + 1, steps + 1):
+        seconds = time.monotonic() - started_at
+        if seconds - saved_at >= CHECKPOINT_SECONDS:
+            check_finite(step - 1)
+            save_checkpoint(checkpoint, parts, device, step=step - 1, seconds=seconds, log_size=log.stat().st_size)
+            saved_at = seconds
         losses = train_step()
         parts["schedule"].step()
         seconds = time.monotonic() - started_at
-        report = step == 1 or 10 * step % steps < 10  # each tenth
-        due = seconds - saved_at >= CHECKPOINT_SECONDS
-        if (report or due) and not all(x.isfinite().all() for x in [*losses.values(), *parameters]):
-            raise FloatingPointError(f"step {step:,} of the {stage} is not finite: too high a rate, or a bad teacher")
-        if report:
-            losses = {name: loss.item() for name, loss in losses.items()}
-            accuracy = evaluate(parts[stage], *test_set)
-            row = {"stage": stage, "step": step, "seconds": round(seconds, 2), **losses, "accuracy": accuracy}
-            state["log"].append(row)
-            log_file.truncate(0)
-            writer = csv.DictWriter(log_file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(state["log"])
-            log_file.flush()
-            values = "".join(f"  {name} {loss:6.3f}" for name, loss in losses.items())
-            minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
-            print(f"{stage} {step:6,}{values}  accuracy {accuracy:6.2%}  {minutes}:{rest:02} left")
-            if film_noise is not None:
-                state["film"].append(parts["generator"](film_noise).detach().half().cpu())
-        if due:
-            states = {name: part.state_dict() for name, part in parts.items()} | {"random": rng.get_rng_state()}
-            save(state | {"step": step, "seconds": seconds, "parts": states}, checkpoint)
-            saved_at = time.monotonic() - started_at
-    return state["log"][-1]["accuracy"]
+        minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
+        left = f"{minutes}:{rest:02} left"
+        if sys.stdout.isatty() and seconds - shown_at >= 1:
+            print(f"{stage} {step:6,} of {steps:,}  {left}", end="   \r")
+            shown_at = seconds
+        if step == 1 or 10 * step % steps < 10:  # each tenth
+            check_finite(step)
+            values, accuracy = {name: loss.item() for name, loss in losses.items()}, evaluate(parts[stage], *test_set)
+            row = {"stage": stage, "step": step, "seconds": round(seconds, 2), **values, "accuracy": accuracy}
+            with log.open("a", newline="") as file:
+                csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+            values = "".join(f"  {name} {value:6.3f}" for name, value in values.items())
+            print(f"{stage} {step:6,}{values}  accuracy {accuracy:6.2%}  {left}")
+    return accuracy
 
 
 @torch.no_grad()
-def save_pictures(folder, generator, teacher, num_classes, test_set, film):
-    """Write class_means.png, which is Figure 2: the mean image of each class, generated (top) and real (bottom).
+def save_picture(path, generator, teacher, num_classes, test_set):
+    """Write a picture with a column for each class, as the teacher sees it, of what the generator draws.
 
-    And samples.gif: the images from one batch of noise as training went on, sorted by their final class. All are drawn
-    in train mode, as in training: after generator.eval() the same noise gives somewhat other images.
+    Rows: the mean generated image (Figure 2), the mean real one, six generated ones; black where there are none. They
+    are drawn in train mode, as in training: after eval() the same noise gives somewhat other images.
     """
-    grid = partial(make_grid, nrow=10, normalize=True, scale_each=True, pad_value=0.5)
     noise = torch.randn(num_classes // 5, 500, generator.latent_dim, device=test_set[0].device)  # 100 images a class
     images = torch.cat([generator(z) for z in noise])
     classes = torch.cat([classify(teacher, batch)[0].argmax(1) for batch in images.split(500)])
-    rows = (images, classes), test_set
-    means = torch.stack([x[y == k].mean(0).nan_to_num() for x, y in rows for k in range(num_classes)])
-    save_image(grid(means), folder / "class_means.png")
-    order = classify(teacher, film[-1].to(images))[0].argmax(1).argsort().cpu()
-    first, *others = [TF.to_pil_image(grid(frame[order].float())) for frame in film]
-    durations = [300] * len(others) + [2000]
-    first.save(folder / "samples.gif", save_all=True, append_images=others, duration=durations, loop=0)
+    columns, black = [], torch.zeros_like(images[:6])
+    for k in range(num_classes):
+        drawn, real = images[classes == k], test_set[0][test_set[1] == k]
+        columns.append(torch.cat([drawn.mean(0, True).nan_to_num(), real.mean(0, True), drawn, black])[:8])
+    rows = torch.stack(columns, 1).flatten(0, 1)
+    save_image(rows, path, nrow=num_classes, normalize=True, scale_each=True, pad_value=0.5)
+
+
+# --- The command line ------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
-    """The command line, with its recipe's values, as a namespace; and the run's name. Exits with 2 on a mistake."""
+    """The command line as a namespace, and a name for the run's folder. Exits with 2 and a sentence on a mistake."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     images = ("generator", "noise", "real", "labels")
+    parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False, add_help=False)
     add = parser.add_argument
-    add("--dataset", help="what the teacher knows (mnist)", choices=DATASETS, default="mnist")
-    add("--recipe", help="values below, schedule, bf16, pixels (fast)", choices=("fast", "released"), default="fast")
-    add("--images", help="what the student learns from, see Table 1 (generator)", choices=images, default="generator")
+    add("--dataset", help="what the teacher knows (%(default)s)", choices=DATASETS, default="mnist")
+    add("--recipe", help="values below, schedules, bf16, pixels (%(default)s)", choices=RECIPE_NAMES, default="fast")
+    add("--images", help="what the student learns from, see Table 1 (%(default)s)", choices=images, default="generator")
     add("--teacher", help="state dict of a teacher, so that none is trained", metavar="FILE")
-    add("--seed", help="seed of everything random (0)", type=int, default=0, metavar="int")
-    add("--device", help=f"where to compute ({devices[0]})", choices=devices, default=devices[0])
+    add("--seed", help="seed of everything random (%(default)s)", type=int, default=0, metavar="int")
+    add("--device", help="where to compute (%(default)s)", choices=devices, default=devices[0])
     add("--resume", help="go on with the stopped run in this folder, with its own flags", metavar="FOLDER")
-    group = parser.add_argument_group("hyperparameters", f"(fast and released of {', '.join(DATASETS)})")
-    for name, (least, _, *values, text) in RECIPES.items():
-        flag, kind, values = "--" + name.replace("_", "-"), type(least), ", ".join(f"{value:g}" for value in values)
-        group.add_argument(flag, help=f"{text} ({values})", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__)
+    first = vars(parser.parse_known_args(argv)[0])
+    stopped = {}
+    if first["resume"] is not None:
+        folder, typed = Path(first["resume"]), {word.split("=")[0] for word in argv if word.startswith("--")}
+        if typed - {"--resume", "--device", "--help"}:
+            parser.error("argument --resume: the stopped run has its own flags; only --device may stand beside it")
+        if (folder / "student.pt").exists():
+            parser.error(f"argument --resume: the run in {folder} is finished")
+        try:
+            stopped = json.loads((folder / "args.json").read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --resume: there is no run in {folder}: {error}")
+        if (folder / "teacher.pt").exists():
+            stopped["teacher"] = str(folder / "teacher.pt")
+    first |= stopped
+    group = parser.add_argument_group("hyperparameters", f"(of {first['dataset']}, {first['recipe']} recipe)")
+    for name, (least, *pairs, text) in RECIPES.items():
+        value = dict(zip(DATASETS, pairs))[first["dataset"]][RECIPE_NAMES.index(first["recipe"])]
+        flag, kind = "--" + name.replace("_", "-"), type(least)
+        group.add_argument(flag, help=f"{text} (%(default)s)", type=kind, default=value, metavar=kind.__name__)
+    add("-h", "--help", help="this text; with --dataset and --recipe, their values", action="help")
 
-    given = vars(parser.parse_args(argv))  # of the hyperparameters only those typed
-    column = 2 + 2 * list(DATASETS).index(given["dataset"]) + (given["recipe"] == "released")  # after the limits
-    defaults = {name: parser.get_default(name) for name in given} | {name: row[column] for name, row in RECIPES.items()}
-    args = defaults | given
-    for name, (least, greatest, *_) in (RECIPES | {"seed": (0, 2**63 - 1)}).items():
-        if not least <= args[name] <= greatest:
+    parser.set_defaults(**stopped)
+    args = parser.parse_args(argv)
+    for name, least in [("seed", 0), *((name, row[0]) for name, row in RECIPES.items())]:
+        if not least <= getattr(args, name) <= LARGEST:
             flag = "--" + name.replace("_", "-")
-            parser.error(f"argument {flag}: must be from {least:,} to {greatest:,}, not {args[name]}")
-    changed = [f"{name}-{value}".removesuffix(".0") for name, value in sorted(given.items()) if value != defaults[name]]
-    if args["resume"] is not None and len(argv) > 1 + ("--resume" in argv):
-        parser.error("--resume uses the flags of the stopped run: give no others")
-    return argparse.Namespace(**args), re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(changed))[:100] or "mnist"
+            parser.error(f"argument {flag}: must be from {least:g} to {LARGEST:g}, not {getattr(args, name)}")
+    if args.device not in devices:
+        parser.error(f"argument --device: there is no {args.device} here: add --device {devices[0]}")
+    return args, re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(argv)).strip("-")[:100] or args.dataset
 
 
 def main(argv=None):
     """Run a command line: train a teacher, if need be, and a student. Returns the accuracy of both by name."""
     args, name = parse_args(argv)
-    flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in vars(args).items() if value is not None]
-    state = {"flags": flags, "stage": None, "step": 0, "seconds": 0.0, "log": [], "film": [], "parts": {}}
-    folder, teacher_file = None, args.teacher
-    if args.resume is not None:
-        folder = Path(args.resume)
-        with using(folder / "checkpoint.pt"):
-            saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            state = {key: saved[key] for key in state}
-            args, _ = parse_args(state["flags"])
-            teacher_file = {"teacher": None, "student": folder / "teacher.pt"}[state["stage"]]  # None: fit restores it
-
-    # What is given: a teacher or the data to train one, and the images to test on
-    device, mnist, fast = args.device, args.dataset == "mnist", args.recipe == "fast"
-    from_data = args.images in ("real", "labels")
-    _, num_classes, mean, std, teacher_batch, teacher_lr = DATASETS[args.dataset]
-    augment = nn.Identity() if mnist else crop_and_flip
+    mnist, fast, from_data = args.dataset == "mnist", args.recipe == "fast", args.images in ("real", "labels")
+    device, (_, num_classes, mean, std) = args.device, DATASETS[args.dataset]
     torch.manual_seed(args.seed)
     teacher = LeNet5(args.width) if mnist else resnet34(num_classes, args.width)
-    if teacher_file is not None:
-        with using(teacher_file):
-            teacher.load_state_dict(torch.load(teacher_file, map_location="cpu", weights_only=True))
+    if args.teacher is not None:
+        load_weights(teacher, args.teacher, f"{type(teacher).__name__} at --width {args.width:g}")
     to_device(teacher, device, low_precision=fast)
     test_set = load_dataset(args.dataset, "test", device=device)
-    train_set = load_dataset(args.dataset, "train", device=device) if from_data or teacher_file is None else None
-    folder = folder or new_folder(name)
-    checkpoint, log_file = folder / "checkpoint.pt", open_log(folder)
-    train = partial(fit, state=state, checkpoint=checkpoint, log_file=log_file, test_set=test_set)
+    train_set = load_dataset(args.dataset, "train", device=device) if from_data or args.teacher is None else None
+    image_shape, augment = test_set[0].shape[1:], nn.Identity() if mnist else crop_and_flip
+    # The generator's largest tensors and the replayed images: what has no room fails now, not after the teacher.
+    for shape in ((8192, args.latent_dim), (args.batch_size, 64, 32, 32), (args.replay, args.batch_size, *image_shape)):
+        torch.empty(shape, device=device)
+    folder = Path(args.resume) if args.resume is not None else new_folder(name, vars(args))
     print(f"DAFL on {args.dataset}: {args.recipe} recipe, seed {args.seed}, on {device}; results in {folder}")
 
     def real_batch(n):
@@ -557,69 +643,71 @@ def main(argv=None):
         return augment(images[picked]), labels[picked]
 
     # 1. The teacher
-    if teacher_file is None:
-        steps = args.teacher_epochs * math.ceil(len(train_set[0]) / teacher_batch)
-        optimizer, schedule = make_optimizer(teacher, teacher_lr, steps, args.recipe, (79 / 199, 119 / 199))
+    if args.teacher is None:
+        steps = args.teacher_epochs * math.ceil(len(train_set[0]) / args.teacher_batch_size)
+        milestones = (79 / 199, 119 / 199)  # the authors': after 79 and 119 of 199 epochs
+        optimizer, schedule = make_optimizer(teacher, args.teacher_lr, steps, args.recipe, milestones)
         parts = {"teacher": teacher, "optimizer": optimizer, "schedule": schedule}
-        train("teacher", lambda: classifier_step(teacher, optimizer, *real_batch(teacher_batch)), steps, parts)
-    if not from_data:
-        train_set = None  # gone
+        n = args.teacher_batch_size
+        fit("teacher", lambda: classifier_step(teacher, optimizer, *real_batch(n)), steps, parts, folder, test_set)
     save(teacher.state_dict(), folder / "teacher.pt")
+    (folder / "teacher-checkpoint.pt").unlink(missing_ok=True)
     teacher_accuracy = evaluate(teacher, *test_set)
     print(f"teacher accuracy {teacher_accuracy:.2%}")
+    if not from_data:
+        train_set = None  # gone
 
-    # 2. The student, by one row of Table 1
-    torch.manual_seed(args.seed)  # again: the same student whether its teacher was trained, read or resumed
+    # 2. The student
+    torch.manual_seed(args.seed)  # again: the same student whether its teacher was trained or read
     student = to_device(LeNet5(args.width / 2) if mnist else resnet18(num_classes, args.width), device, fast)
     steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # as many updates
-    optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, (0.4, 0.8))
+    milestones = (0.4, 0.8)  # the authors': after 800 and 1,600 of 2,000 epochs
+    optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, milestones)
     parts = {"student": student, "optimizer_s": optimizer_s, "schedule": schedule}
-    batch_size, image_shape, film_noise = args.batch_size, test_set[0].shape[1:], None
-    learn_from = partial(kd_step, teacher, student, optimizer_s, temperature=args.temperature)
     if args.images == "generator":
         black_to_white = [(pixel - mean[0]) / std[0] for pixel in (0, 1)] if mnist and fast else (-math.inf, math.inf)
         generator = to_device(Generator(args.latent_dim, image_shape[0], 32, black_to_white), device, fast)
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)  # at a constant rate
-        capacity = max(batch_size, min(steps * batch_size, 25_600)) if args.replay else 0
-        buffer = ReplayBuffer(capacity, image_shape).to(device)
+        buffer = ReplayBuffer(25_600, image_shape)
+        options = {name: vars(args)[name] for name in ("batch_size", "oh", "alpha", "beta", "temperature")}
         parts |= {"generator": generator, "optimizer_g": optimizer_g, "buffer": buffer}
-        distill = partial(distill_step, teacher, student, generator, optimizer_g, optimizer_s, batch_size=batch_size)
-        film_noise = torch.randn(80, args.latent_dim, device=device)
 
-    def generator_step():
-        losses, images = distill(oh=args.oh, alpha=args.alpha, beta=args.beta, temperature=args.temperature)
+    def student_step():
+        if args.images == "labels":  # no teacher
+            return classifier_step(student, optimizer_s, *real_batch(args.batch_size))
+        if args.images == "real":  # the teacher, no labels
+            return kd_step(teacher, student, optimizer_s, real_batch(args.batch_size)[0], args.temperature)
+        if args.images == "noise":
+            noise = torch.randn(args.batch_size, *image_shape, device=device)
+            return kd_step(teacher, student, optimizer_s, noise, args.temperature)
+        losses, images = distill_step(teacher, student, generator, optimizer_g, optimizer_s, **options)
         if args.replay:
             buffer.add(images)
-            for past_images in cutmix(augment(buffer.sample(args.replay * batch_size))).split(batch_size):
-                learn_from(past_images)
+            past_images = augment(buffer.sample(args.replay * args.batch_size))
+            for batch in cutmix(past_images).split(args.batch_size):
+                kd_step(teacher, student, optimizer_s, batch, args.temperature)
         return losses
 
-    table_1 = {
-        "labels": lambda: classifier_step(student, optimizer_s, *real_batch(batch_size)),  # no teacher
-        "real": lambda: learn_from(real_batch(batch_size)[0]),  # no labels
-        "noise": lambda: learn_from(torch.randn(batch_size, *image_shape, device=device)),
-        "generator": generator_step,
-    }
-    student_accuracy = train("student", table_1[args.images], steps, parts, film_noise=film_noise)
+    student_accuracy = fit("student", student_step, steps, parts, folder, test_set)
 
     # 3. The results
-    save(student.state_dict(), folder / "student.pt")
     if args.images == "generator":
         save(generator.state_dict(), folder / "generator.pt")
-        save_pictures(folder, generator, teacher, num_classes, test_set, state["film"])
-    print(f"student accuracy {student_accuracy:.2%}, trained on {len(train_set[0]) if train_set else 0:,} real images")
-    log_file.close()
-    checkpoint.unlink(missing_ok=True)
+        save_picture(folder / "generated.png", generator, teacher, num_classes, test_set)
+    save(student.state_dict(), folder / "student.pt")
+    (folder / "student-checkpoint.pt").unlink(missing_ok=True)
+    print(f"student accuracy {student_accuracy:.2%}, trained on {len(train_set[0]) if from_data else 0:,} real images")
     return {"teacher": teacher_accuracy, "student": student_accuracy}
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and paths that cannot be encoded
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and odd names of paths
     try:
         main()
     except KeyboardInterrupt:
         argparse.ArgumentParser().exit(130, "\ndafl.py: stopped\n")
     except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory|overflow", str(error)):
             raise
         argparse.ArgumentParser().exit(2, f"dafl.py: error: {' '.join(str(error).split()) or 'out of memory'}\n")
