@@ -5,7 +5,7 @@
 """Data-Free Learning of Student Networks (Chen et al., ICCV 2019, https://arxiv.org/abs/1904.01186) in one file.
 
 A trained classifier, the teacher, is all that is left; its training data are gone. A generator learns to draw images
-that the fixed teacher takes for its own data: it is sure of each (L_oh), its features are strong (L_a), and a
+that the fixed teacher takes for its own data: it is sure of each image (L_oh), its features are strong (L_a), and a
 batch covers all classes evenly (L_ie). A smaller student learns to give the teacher's outputs on those images (L_KD).
 Then it is tested on real images, none of which it has seen. Beyond the paper, by default the student also learns from
 past images again, so that minutes do instead of hours.
@@ -28,7 +28,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
-from pickle import UnpicklingError
 from types import MethodType
 
 import torch
@@ -39,7 +38,7 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
-# === The method: down to the next double line, it needs only PyTorch =================================================
+# === The method: it needs only PyTorch and, for speed, the UpsampleConv2d of the next part ===========================
 
 # --- Section 3.1: teacher and student, and the loss between them -----------------------------------------------------
 
@@ -110,12 +109,12 @@ resnet34, resnet18 = partial(ResNet, (3, 4, 6, 3)), partial(ResNet, (2, 2, 2, 2)
 
 
 def kd_loss(student_logits, teacher_logits, temperature=1):
-    """L_KD = mean_i sum_k p_ik ln(p_ik / q_ik), Eq. 1: the student's answers q should be the teacher's answers p.
+    """L_KD, Eq. 1, as mean_i sum_k p_ik ln(p_ik / q_ik): the student's answers q should be the teacher's, p.
 
-    p and q are the softmax of the logits (N, K). Eq. 1 is their cross-entropy, which is this plus the entropy of p; no
-    student can change that, so the gradient is the same, and 0 means that both agree. At a temperature T both logits
-    are divided by T, which shows more of how the teacher ranks the classes that it rules out, and the loss is times
-    T^2, which keeps the size of the gradient (Hinton et al., 2015). Raises ValueError if shapes differ.
+    p and q are softmaxes of logits (N, K). Eq. 1 is their cross-entropy; this is smaller by the entropy of p, which no
+    student can change: the gradient is the same, and 0 means agreement. A temperature T divides the logits, so that p
+    also shows how the teacher ranks the classes it rules out, and multiplies the loss by T^2, so that gradients keep
+    their size (Hinton et al., 2015). Raises ValueError if shapes differ.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"shapes differ: student {[*student_logits.shape]}, teacher {[*teacher_logits.shape]}")
@@ -202,12 +201,12 @@ def classify(network, images):
     return parts[0], parts[1] if len(parts) == 2 else None
 
 
-def freeze_teacher(teacher, student):
-    """Fix the teacher and set the student to training. Raises ValueError if a part of the student is fixed then, too."""
+def set_modes(teacher, student):
+    """Freeze the teacher, let the student train. Raises ValueError if that freezes a part of the student, too."""
     teacher.eval().requires_grad_(False)
     student.train()
     if not all(parameter.requires_grad for parameter in student.parameters()):
-        raise ValueError("the student has fixed parameters: call requires_grad_() on it, and let it share no layer")
+        raise ValueError("the student has frozen parameters: call requires_grad_() on it, and let it share no layer")
 
 
 def update(optimizer, loss):
@@ -222,15 +221,15 @@ def distill_step(
 ):
     """One step of Algorithm 1: one update of the generator, then one of the student, both in place.
 
-    teacher, student: any networks from images to logits (N, K) before softmax, alone or as (logits, features). Only
-    L_a needs features, the teacher's: the input of its last layers. The teacher stays frozen afterwards.
-    generator: from noise (N, generator.latent_dim) to images (N, C, H, W).
-    oh, alpha, beta: the weights of Eq. 7, which has none on L_oh. temperature: of L_KD; Eq. 1 has 1, dafl.py runs at 4.
+    teacher, student: any networks from images (N, C, H, W) to logits (N, K) before softmax, alone or followed by
+    features. Only L_a needs features, the teacher's: the input of its last layers. The teacher stays frozen.
+    generator: any network from noise (N, generator.latent_dim) to images.
+    oh, alpha, beta: the weights of Eq. 7, which has none on L_oh. temperature: of L_KD; Eq. 1 has 1, our default run 4.
 
-    Returns the losses, a dictionary of l_oh, l_a, l_ie and l_kd, and the images, all detached. Raises ValueError if a
-    network returns anything else, alpha is not 0 without features, or a part of the student cannot be trained.
+    Returns the losses l_oh, l_a, l_ie and l_kd by name, and the images, all detached. Raises ValueError if a network
+    returns anything else, if L_a lacks features, or if a part of the student is frozen.
     """
-    freeze_teacher(teacher, student)
+    set_modes(teacher, student)
     generator.train()
 
     # Module 1: the generator
@@ -244,7 +243,7 @@ def distill_step(
     l_ie = information_entropy_loss(logits)
     update(optimizer_g, oh * l_oh + alpha * l_a + beta * l_ie)  # L_Total, Eq. 7
 
-    # Module 2: the student, on the same images as in the released code; the paper draws a second batch
+    # Module 2: the student, once more on the same images, as in the released code; the paper draws others
     images = images.detach()
     l_kd = kd_loss(classify(student, images)[0], logits.detach(), temperature)
     update(optimizer_s, l_kd)
@@ -252,11 +251,11 @@ def distill_step(
 
 
 def kd_step(teacher, student, optimizer_s, images, temperature=1):
-    """One update of the student alone, in place, on given images (N, C, H, W). Networks and errors: distill_step's.
+    """One update of the student alone, in place, on given images (N, C, H, W), otherwise as in distill_step.
 
-    Returns its loss, a dictionary of l_kd, detached. temperature: of L_KD; Eq. 1 has 1, dafl.py runs at 4.
+    Returns the loss l_kd by name, detached. Raises ValueError as distill_step does.
     """
-    freeze_teacher(teacher, student)
+    set_modes(teacher, student)
     l_kd = kd_loss(classify(student, images)[0], classify(teacher, images)[0], temperature)
     update(optimizer_s, l_kd)
     return {"l_kd": l_kd.detach()}
@@ -265,6 +264,7 @@ def kd_step(teacher, student, optimizer_s, images, temperature=1):
 # === Beyond the paper ================================================================================================
 # Images are slow to generate and quick to learn from. So the student learns again from past ones, as in later work on
 # data-free distillation (Binici et al., WACV 2022, https://arxiv.org/abs/2108.05698), each time mixed in another way.
+# (The loop with both is student_step in main.)
 
 
 class ReplayBuffer:
@@ -286,11 +286,9 @@ class ReplayBuffer:
         return self.images[torch.randint(len(self.images), (n,), device=self.images.device)].float()
 
     def state_dict(self):
-        """For checkpoints."""
         return {"images": self.images}
 
     def load_state_dict(self, state):
-        """Of a checkpoint."""
         self.images = state["images"]
 
 
@@ -304,12 +302,12 @@ def cutmix(images):
     angle = 2 * math.pi * turns
     y = torch.linspace(-1, 1, height, device=images.device)[:, None]
     x = torch.linspace(-1, 1, width, device=images.device)
-    own = x * angle.cos() + y * angle.sin() > offset - 0.5  # the line passes the centre (0, 0) within half a radius
+    own = x * angle.cos() + y * angle.sin() > offset - 0.5  # a line less than 0.5 from the centre (0, 0)
     return torch.where(own, images, images[torch.randperm(n, device=images.device)])
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2), then a 3x3 nn.Conv2d of padding 1: the same numbers, 2.25 times fewer products."""
+    """nn.Upsample(scale_factor=2), then a 3x3 nn.Conv2d of padding 1, with 2.25 times fewer products."""
 
     def forward(self, x):
         # A pixel repeated over 2x2 adds its mirrored 3x3 kernel at four places: a 4x4 kernel, 4 times their average.
@@ -327,20 +325,21 @@ DATASETS = {  # torchvision's class, number of classes, mean and std of each cha
 }
 RECIPE_NAMES = ("fast", "released")  # released: the authors' values and loop
 RECIPES = {  # of each hyperparameter the least value, (fast, released) for mnist, cifar10 and cifar100, and help
-    "steps": (1, (400, 24_000), (4_000, 240_000), (4_000, 240_000), "steps, each of 1 + replay student updates"),
-    "batch_size": (2, (64, 512), (128, 1_024), (128, 1_024), "images in a batch of the student's"),
+    "steps": (1, (200, 24_000), (2_000, 240_000), (2_000, 240_000), "steps; each updates the student 1 + replay times"),
+    "batch_size": (2, (64, 512), (64, 1_024), (64, 1_024), "images that a step generates"),
+    "student_batch_size": (2, (128, 512), (64, 1_024), (64, 1_024), "images in a batch for the student alone"),
     "latent_dim": (1, (100, 100), (256, 1_000), (256, 1_000), "length of the noise z"),
     "lr_g": (0.0, (0.01, 0.2), (0.001, 0.02), (0.001, 0.02), "learning rate of the generator"),
-    "lr_s": (0.0, (0.005, 0.002), (0.1, 0.1), (0.1, 0.1), "learning rate of the student"),
+    "lr_s": (0.0, (0.007, 0.002), (0.1, 0.1), (0.1, 0.1), "learning rate of the student"),
     "oh": (0.0, (1.0, 1.0), (1.0, 0.05), (0.5, 0.5), "weight of L_oh, Eq. 4"),
     "alpha": (0.0, (0.1, 0.1), (0.01, 0.01), (0.1, 0.1), "weight of L_a, Eq. 5"),
     "beta": (0.0, (5.0, 5.0), (5.0, 5.0), (20.0, 20.0), "weight of L_ie, Eq. 6"),
     "temperature": (0.001, (4.0, 1.0), (4.0, 1.0), (4.0, 1.0), "temperature of L_KD"),
-    "replay": (0, (24, 0), (4, 0), (4, 0), "batches of past images replayed in a step"),
+    "replay": (0, (24, 0), (4, 0), (4, 0), "batches of past images that a step replays"),
     "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "width of the teacher (MNIST's student: half of it)"),
-    "teacher_epochs": (1, (9, 9), (40, 199), (40, 199), "epochs of the teacher"),
+    "teacher_epochs": (1, (5, 9), (10, 199), (10, 199), "epochs of the teacher"),
     "teacher_batch_size": (2, (256, 256), (128, 128), (128, 128), "images in a batch of the teacher's"),
-    "teacher_lr": (0.0, (0.001, 0.001), (0.1, 0.1), (0.1, 0.1), "learning rate of the teacher"),
+    "teacher_lr": (0.0, (0.003, 0.001), (0.1, 0.1), (0.1, 0.1), "learning rate of the teacher"),
 }
 LARGEST = 10**15  # of any flag: more than fits anywhere, less than overflows
 LOG_COLUMNS = ("stage", "step", "seconds", "loss", "l_oh", "l_a", "l_ie", "l_kd", "accuracy")
@@ -357,7 +356,7 @@ def load_dataset(name, split, data_dir=Path(__file__).parent / "data", device="c
     source, _, mean, std = DATASETS[name]
     try:
         dataset = source(data_dir, split == "train", download=True)
-    except Exception as error:  # torchvision has many kinds
+    except Exception as error:  # torchvision raises many kinds
         no_access = isinstance(error, OSError) or "Error downloading" in str(error)
         advice = "" if no_access else " (delete the damaged files there)"
         raise OSError(
@@ -432,7 +431,7 @@ def make_optimizer(network, lr, steps, recipe, milestones):
         optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     if recipe == "released":
         return optimizer, MultiStepLR(optimizer, [round(share * steps) for share in milestones])
-    # The lower of a rising and a falling line, which meet at 1, the full rate, after a sixth of the steps.
+    # Two lines, one up and one down, that meet at 1, the full rate, after a sixth of the steps.
     return optimizer, LambdaLR(optimizer, lambda step: min(6 * (step + 1) / steps, 1.2 * (1 - step / steps)))
 
 
@@ -461,12 +460,12 @@ def save(content, path):
 
 @contextmanager
 def reading(path, fault):
-    """Turn what a missing file, or one with the fault, raises into an OSError of one line."""
+    """Turn what a damaged or foreign file raises into an OSError of one line that names the fault."""
     try:
         yield
-    except OSError as error:
-        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, UnpicklingError) as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):  # these speak for themselves
+        raise
+    except Exception as error:  # torch.load raises many kinds
         raise OSError(f"cannot use {path}: {fault}") from error
 
 
@@ -478,13 +477,13 @@ def load_weights(network, path, description):
     with reading(path, "it holds no state dict, as torch.save(network.state_dict(), FILE) writes one"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
-    entries = [
-        [f"{name} {[*getattr(x, 'shape', [type(x).__name__])]}" for name, x in content.items()]
-        for content in (state, network.state_dict())
-    ]
-    strange, missing = ([x for x in a if x not in b] for a, b in (entries, entries[::-1]))
+
+    def entries(content):
+        return {f"{name} {[*getattr(x, 'shape', [type(x).__name__])]}" for name, x in content.items()}
+
+    strange, missing = entries(state) - entries(network.state_dict()), entries(network.state_dict()) - entries(state)
     if strange or missing:
-        has, lacks = (", ".join([*x[:2], "..."][: len(x)]) or "nothing else" for x in (strange, missing))
+        has, lacks = (", ".join(sorted(x)[:2]) + ", ..." * (len(x) > 2) or "nothing else" for x in (strange, missing))
         raise OSError(f"cannot use {path}: no state dict of {description}: it has {has} and lacks {lacks}")
     network.load_state_dict(state)
 
@@ -539,12 +538,12 @@ def fit(stage, train_step, steps, parts, folder, test_set):
         if sys.stdout.isatty() and seconds - shown_at >= 1:
             print(f"{stage} {step:6,} of {steps:,}  {left}", end="   \r")
             shown_at = seconds
-        if step == 1 or 10 * step % steps < 10:  # each tenth
+        if step == 1 or 10 * step % steps < 10:  # the first, and each that completes a tenth
             check_finite(step)
             values, accuracy = {name: loss.item() for name, loss in losses.items()}, evaluate(parts[stage], *test_set)
             row = {"stage": stage, "step": step, "seconds": round(seconds, 2), **values, "accuracy": accuracy}
             with log.open("a", newline="") as file:
-                csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+                csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow(row)
             values = "".join(f"  {name} {value:6.3f}" for name, value in values.items())
             print(f"{stage} {step:6,}{values}  accuracy {accuracy:6.2%}  {left}")
     return accuracy
@@ -632,7 +631,8 @@ def main(argv=None):
     train_set = load_dataset(args.dataset, "train", device=device) if from_data or args.teacher is None else None
     image_shape, augment = test_set[0].shape[1:], nn.Identity() if mnist else crop_and_flip
     # The generator's largest tensors and the replayed images: what has no room fails now, not after the teacher.
-    for shape in ((8192, args.latent_dim), (args.batch_size, 64, 32, 32), (args.replay, args.batch_size, *image_shape)):
+    replayed = args.replay, args.student_batch_size, *image_shape
+    for shape in (8192, args.latent_dim), (args.batch_size, 64, 32, 32), replayed:
         torch.empty(shape, device=device)
     folder = Path(args.resume) if args.resume is not None else new_folder(name, vars(args))
     print(f"DAFL on {args.dataset}: {args.recipe} recipe, seed {args.seed}, on {device}; results in {folder}")
@@ -674,17 +674,17 @@ def main(argv=None):
 
     def student_step():
         if args.images == "labels":  # no teacher
-            return classifier_step(student, optimizer_s, *real_batch(args.batch_size))
+            return classifier_step(student, optimizer_s, *real_batch(args.student_batch_size))
         if args.images == "real":  # the teacher, no labels
-            return kd_step(teacher, student, optimizer_s, real_batch(args.batch_size)[0], args.temperature)
+            return kd_step(teacher, student, optimizer_s, real_batch(args.student_batch_size)[0], args.temperature)
         if args.images == "noise":
-            noise = torch.randn(args.batch_size, *image_shape, device=device)
+            noise = torch.randn(args.student_batch_size, *image_shape, device=device)
             return kd_step(teacher, student, optimizer_s, noise, args.temperature)
         losses, images = distill_step(teacher, student, generator, optimizer_g, optimizer_s, **options)
         if args.replay:
             buffer.add(images)
-            past_images = augment(buffer.sample(args.replay * args.batch_size))
-            for batch in cutmix(past_images).split(args.batch_size):
+            past_images = augment(buffer.sample(args.replay * args.student_batch_size))
+            for batch in cutmix(past_images).split(args.student_batch_size):
                 kd_step(teacher, student, optimizer_s, batch, args.temperature)
         return losses
 

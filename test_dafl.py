@@ -2,14 +2,16 @@
 
 import copy
 import csv
+import io
+import json
 import math
-import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -23,13 +25,23 @@ import dafl
 
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
-SHORT = ["--device", "cpu", "--steps", "3", "--batch-size", "8", "--replay", "2"]
+SHORT = ["--device", "cpu", "--steps", "3", "--batch-size", "8", "--student-batch-size", "8", "--replay", "2"]
+
+
+@lru_cache
+def load(name, split, device="cpu"):
+    """Real data, read once; of the test images 2,000."""
+    return [part[: 2000 if split == "test" else None] for part in load_dataset(name, split, device=device)]
+
+
+load_dataset = dafl.load_dataset
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Each test has a working directory of its own, and so its own runs/."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dafl, "load_dataset", load)
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +83,12 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def start(*command, **options):
-    return subprocess.Popen([sys.executable, *command], stdout=-1, stderr=-1, text=True, **options)
+def command_line(*flags):
+    """Run dafl.py as a script, in this process; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["dafl.py", *flags])
+        runpy.run_path(str(HERE / "dafl.py"), run_name="__main__")
+    return stop.value.code
 
 
 def test_each_loss_is_the_number_worked_out_by_hand():
@@ -146,9 +162,13 @@ def test_bf16_computes_all_but_a_lenet(network, shape, monkeypatch):
     x, outputs = torch.randn(4, *shape), []
     for low_precision in (False, True):
         dafl.to_device(network, "cpu", low_precision)
-        outputs.append(network(x) if x.ndim == 2 else dafl.classify(network, x)[0])
+        outputs.append(network(x) if x.ndim == 2 else network(x)[0])
     assert outputs[1].dtype == torch.float32
     assert outputs[0].sub(outputs[1]).abs().max().gt(1e-4) != isinstance(network, dafl.LeNet5)
+    twin = copy.deepcopy(network)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert (twin(x) if x.ndim == 2 else twin(x)[0]).abs().max() == 0  # by its own weights
 
 
 def released_loop(teacher, student, generator, noise, oh, a, ie, optimizer_g, optimizer_s):
@@ -214,25 +234,90 @@ def test_steps_set_modes_and_leave_the_teacher_alone():
     assert student.training and losses[-1] < losses[0]
 
 
-def test_wrong_shapes_and_networks_are_told_what_is_expected():
+class Net(nn.Module):
+    """A small classifier: logits alone, unless outputs makes more of them."""
+
+    def __init__(self, classes=10, outputs=lambda logits: logits):
+        super().__init__()
+        self.layers, self.outputs = nn.Sequential(nn.Flatten(), nn.Linear(1024, classes)), outputs
+
+    def forward(self, images):
+        return self.outputs(self.layers(images))
+
+
+def steps(teacher, student, **options):
+    """A step of each kind of a teacher and a student of MNIST's shape; returns the losses of the first."""
+    generator = dafl.Generator(10)
+    optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in (generator, student)]
+    losses, images = dafl.distill_step(teacher, student, generator, *optimizers, batch_size=4, **options)
+    dafl.kd_step(teacher, student, optimizers[1], images)
+    return losses
+
+
+def test_networks_may_return_logits_alone():
+    student = Net()
+    before = copy.deepcopy(student.state_dict())
+    assert steps(dafl.LeNet5(), student)["l_a"] < 0
+    assert not student.layers[1].weight.equal(before["layers.1.weight"])
+    assert steps(Net(), Net(), alpha=0)["l_a"] == 0
+    with pytest.raises(ValueError, match="L_a needs features"):
+        steps(Net(), Net())
+
+
+@pytest.mark.parametrize(
+    ("network", "came"),
+    [
+        (Net(1), r"\[4, 1\]"),
+        (Net(outputs=lambda x: x[:, :, None, None]), r"\[4, 10, 1, 1\]"),
+        (Net(outputs=lambda x: x.mean(1)), r"\[4\]"),
+        (Net(outputs=lambda x: x[:2]), r"\[2, 10\]"),
+        (Net(outputs=lambda x: (x, x.mean())), r"\[4, 10\], \[\]"),
+        (Net(outputs=lambda x: (x, {"body": x})), r"\[4, 10\], dict"),
+        (Net(outputs=lambda x: (x, x, x)), r"\[4, 10\], \[4, 10\], \[4, 10\]"),
+        (Net(outputs=lambda x: {"logits": x}), "dict"),
+    ],
+)
+def test_networks_that_return_anything_else_are_told_what_came(network, came):
+    images, labels = torch.randn(4, 1, 32, 32), torch.zeros(4, dtype=torch.long)
+    for teacher, student in ((dafl.LeNet5(), network), (network, Net())):
+        with pytest.raises(ValueError, match="must return logits .*, not " + came):
+            steps(teacher, student)
+    with pytest.raises(ValueError, match="not " + came):
+        dafl.evaluate(network, images, labels)
+
+
+def test_a_student_that_cannot_be_trained_whole_is_refused():
+    teacher, student = Net(), Net()
+    steps(teacher, student, alpha=0)
+    steps(student, Net(), alpha=0)
+    student.layers[0] = teacher.layers[1]
+    for frozen in (copy.deepcopy(teacher), student):
+        with pytest.raises(ValueError, match="frozen parameters"):
+            steps(teacher, frozen, alpha=0)
+
+
+def test_wrong_shapes_are_refused():
     for student, teacher in (((64, 1), (64, 10)), ((1, 10), (64, 10)), ((10,), (64, 10))):
         with pytest.raises(ValueError, match="64, 10"):
             dafl.kd_loss(torch.zeros(student), torch.zeros(teacher))
     with pytest.raises(ValueError, match="multiple of 4"):
         dafl.Generator(image_size=30)
-    logits_only = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
-    optimizer = torch.optim.SGD(logits_only.parameters(), 0.1)
-    for teacher, student in ((logits_only, dafl.LeNet5()), (dafl.LeNet5(), logits_only)):
-        with pytest.raises(ValueError, match="logits, features"):
-            dafl.kd_step(teacher, student, optimizer, torch.randn(2, 1, 32, 32))
+    images, labels = torch.randn(8, 1, 32, 32), torch.zeros(8, dtype=torch.long)
+    for x, y in ((images, labels[:, None]), (images[:4], labels)):
+        with pytest.raises(ValueError, match="a label for each image"):
+            dafl.evaluate(Net(), x, y)
 
 
 def test_replay_buffer_keeps_the_latest_images():
-    buffer = dafl.ReplayBuffer(4, (1, 2, 2))
+    buffer = dafl.ReplayBuffer(4, (3, 2, 2))
+    with pytest.raises(ValueError, match="add images"):
+        buffer.sample(1)
     for value, kept in ((1, {1}), (2, {1, 2}), (3, {2, 3})):
-        buffer.add(torch.full((2, 1, 2, 2), float(value)))
+        buffer.add(torch.full((2, 3, 2, 2), float(value)))
         images = buffer.sample(60)
-        assert images.shape == (60, 1, 2, 2) and {*images.unique().tolist()} == kept
+        assert images.shape == (60, 3, 2, 2) and {*images.unique().tolist()} == kept
+    with pytest.raises(ValueError, match=r"\[3, 2, 2\], not \[1, 2, 2\]"):
+        buffer.add(torch.zeros(2, 1, 2, 2))
 
 
 def test_cutmix_puts_a_part_of_another_image_beside_each():
@@ -246,24 +331,29 @@ def test_cutmix_puts_a_part_of_another_image_beside_each():
 
 
 def test_mnist_is_real_and_normalised():
-    images, labels = dafl.load_dataset("mnist", "test")
+    images, labels = load_dataset("mnist", "test")
     assert images.shape == (10_000, 1, 32, 32) and images.dtype == torch.float32
     assert labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
     assert images.mean().item() == pytest.approx(0, abs=0.1) and images.std().item() == pytest.approx(1, abs=0.1)
     for name, split in (("mnist", "Train"), ("mnist", "val"), ("svhn", "test")):
         with pytest.raises(ValueError, match="'train' and 'test'"):
-            dafl.load_dataset(name, split)
+            load_dataset(name, split)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_data_that_cannot_be_had(damage, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", ["no network", "no folder", "damage"])
+def test_data_that_cannot_be_had(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    if damage == "truncated":
-        (tmp_path / "MNIST" / "raw").mkdir(parents=True)
-        for archive in (HERE / "data/MNIST/raw").glob("*.gz"):
-            (tmp_path / "MNIST" / "raw" / archive.name).write_bytes(archive.read_bytes()[:1000])
-    with pytest.raises(OSError, match="mnist in .*damaged files"):
-        dafl.load_dataset("mnist", "test", tmp_path)
+    folder = tmp_path / "data"
+    if fault == "no folder":
+        folder.write_text("a file")
+    if fault == "damage":
+        load_dataset("mnist", "test")  # unpacks the archives
+        (folder / "MNIST" / "raw").mkdir(parents=True)
+        for file in (HERE / "data/MNIST/raw").glob("*-ubyte"):
+            (folder / "MNIST" / "raw" / file.name).write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(OSError, match="mnist in ") as error:
+        load_dataset("mnist", "test", folder)
+    assert str(folder) in str(error.value) and ("delete the damaged" in str(error.value)) == (fault == "damage")
 
 
 def test_crop_and_flip_gives_a_shifted_and_perhaps_mirrored_copy():
@@ -275,11 +365,13 @@ def test_crop_and_flip_gives_a_shifted_and_perhaps_mirrored_copy():
     assert len(seen) == 40 and len({*seen}) > 20 and {mirrored for _, mirrored in seen} == {0, 1}
 
 
-def test_a_run_leaves_all_files_and_repeats_with_its_seed(command):
-    first, accuracies = run([*command, "--seed", "7"])
+def test_a_run_leaves_all_files_and_repeats_with_its_seed(command, monkeypatch, capsys):
+    first, accuracies = run(["--seed", "7", *command])
+    assert "\r" not in capsys.readouterr().out
     networks = {"teacher": dafl.LeNet5(), "student": dafl.LeNet5(0.5), "generator": dafl.Generator()}
-    names = {*(f"{name}.pt" for name in networks), "log.csv", "samples.gif", "class_means.png"}
-    assert {path.name for path in first.iterdir()} == names and Image.open(first / "samples.gif").n_frames == 3
+    names = {*(f"{name}.pt" for name in networks), "log.csv", "args.json", "generated.png"}
+    assert {path.name for path in first.iterdir()} == names
+    assert Image.open(first / "generated.png").size == (10 * 34 + 2, 8 * 34 + 2)
     for name, network in networks.items():
         network.load_state_dict(weights(first / f"{name}.pt"))
     rows = log(first)
@@ -287,8 +379,10 @@ def test_a_run_leaves_all_files_and_repeats_with_its_seed(command):
     assert float(rows[-1]["accuracy"]) == accuracies["student"]
     assert all(-1 <= float(row["l_ie"]) <= 0 <= float(row["l_kd"]) and float(row["l_oh"]) >= 0 for row in rows)
     before = files(first)
-    second, _ = run([*command, "--seed=7"])
-    third, _ = run([*command, "--seed", "8"])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    second, _ = run(["--seed", "7", *command])
+    assert re.search(r"student +1 of 3 +\d:\d\d left +\r", capsys.readouterr().out)
+    third, _ = run(["--seed", "8", *command])
     assert second.name == f"{first.name}-2" and third.name == first.name.replace("seed-7", "seed-8")
     assert log(first) == log(second) != log(third)
     assert files(first) == before
@@ -299,13 +393,27 @@ GPUS = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_av
 
 @pytest.mark.parametrize("device", ["cpu", *GPUS])
 def test_student_learns_digits_from_no_digits(device, command):
-    _, accuracies = run([*command, "--device", device, "--steps", "60", "--batch-size", "32", "--replay", "4"])
+    _, accuracies = run(
+        [
+            *command,
+            "--device",
+            device,
+            "--steps",
+            "60",
+            "--batch-size",
+            "32",
+            "--student-batch-size",
+            "32",
+            "--replay",
+            "4",
+        ]
+    )
     assert accuracies["student"] > 0.6
 
 
 @pytest.mark.parametrize("images", ["generator", "noise", "real", "labels"])
 def test_only_baselines_on_data_open_training_images(images, command, monkeypatch, capsys):
-    load, opened = dafl.load_dataset, []
+    opened = []
     monkeypatch.setattr(dafl, "load_dataset", lambda name, split, **kw: opened.append(split) or load(name, split, **kw))
     made, _ = run([*command, "--images", images])
     real = images in ("real", "labels")
@@ -325,45 +433,58 @@ def test_a_cifar_run_trains_narrow_resnets(monkeypatch):
     assert [row["step"] for row in log(made)] == ["1", "2", "1", "2", "3"]
 
 
-CHILD = f"""import sys; sys.path.insert(0, {str(HERE)!r})
+CHILD = f"""import os, sys
+sys.path.insert(0, {str(HERE)!r})
 import dafl
-load = dafl.load_dataset
+load, evaluate, left = dafl.load_dataset, dafl.evaluate, [0] * int(sys.argv[1])
 dafl.load_dataset = lambda *args, **options: [part[:2000] for part in load(*args, **options)]
+dafl.evaluate = lambda *args: evaluate(*args) if left.pop() == 0 and left else os._exit(9)  # as kill -9 does
 dafl.CHECKPOINT_SECONDS = 0
-dafl.main(sys.argv[1:])"""
+dafl.main(sys.argv[2:])"""
 
 
-def test_a_run_killed_in_either_stage_and_resumed_ends_with_the_same_weights():
+def test_a_run_killed_in_either_stage_and_resumed_ends_with_the_same_files(monkeypatch, capsys):
+    monkeypatch.setattr(dafl, "load_dataset", lambda *args, **kw: [part[:2000] for part in load(*args, **kw)])
     flags = [*SHORT, "--teacher-epochs", "2", "--steps", "12"]
-    start("-c", CHILD, *flags).communicate()
-    (whole,) = Path("runs").iterdir()
+    whole, _ = run(flags)
     stopped = Path(f"{whole}-2")
-    for last in ("teacher      5 ", "student      3 "):
-        process = start("-u", "-c", CHILD, *flags)
-        assert any(line.startswith(last) for line in process.stdout)
+    for tests, stage in (("6", "teacher"), ("12", "student")):  # when so many tests of a network are over
+        error = subprocess.run(
+            [sys.executable, "-c", CHILD, tests, *flags], capture_output=True, text=True, check=False
+        ).stderr
+        assert (stopped / f"{stage}-checkpoint.pt").exists() and not (stopped / "student.pt").exists(), error
+        assert (stopped / "teacher.pt").exists() == (stage == "student")
         flags = ["--resume", str(stopped)]
-        if os.name == "posix":  # where there are locks
-            process.send_signal(signal.SIGSTOP)
-            _, error = start(HERE / "dafl.py", *flags).communicate()
-            assert f"cannot use {stopped}: its run is still alive" in error and error.count("\n") == 1
-        process.kill()
-        process.communicate()
-        assert (stopped / "teacher.pt").exists() == ("student" in last) and not (stopped / "student.pt").exists()
-    start("-c", CHILD, *flags).communicate()
+    dafl.main(flags)
+    assert {path.name for path in whole.iterdir()} == {path.name for path in stopped.iterdir()}
     for name in ("teacher.pt", "student.pt", "generator.pt"):
         a, b = weights(whole / name), weights(stopped / name)
         assert all(b[key].equal(tensor) for key, tensor in a.items())
-    assert log(whole) == log(stopped) and not (stopped / "checkpoint.pt").exists()
-    assert files(whole)[whole / "samples.gif"] == files(stopped)[stopped / "samples.gif"]
-    process = start(HERE / "dafl.py", *flags, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    _, error = process.communicate()
-    assert process.returncode == 2 and error.startswith("dafl.py: error: cannot use runs") and error.count("\n") == 1
+    assert log(whole) == log(stopped)
+    assert (whole / "generated.png").read_bytes() == (stopped / "generated.png").read_bytes()
+    assert command_line(*flags) == 2
+    assert f"the run in {stopped} is finished" in capsys.readouterr().err
+
+
+def test_resume_takes_the_stopped_runs_flags_and_perhaps_another_device(command, monkeypatch, capsys):
+    monkeypatch.setattr(dafl, "fit", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        dafl.main([*command, "--dataset", "mnist", "--alpha", "0.5", "--seed", "3"])
+    (folder,) = Path("runs").iterdir()
+    args, _ = dafl.parse_args(["--resume", str(folder)])
+    assert (args.alpha, args.seed, args.steps, args.teacher) == (0.5, 3, 3, str(folder / "teacher.pt"))
+    flags = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(flags | {"device": "cuda"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dafl.parse_args(["--resume", str(folder), "--device", "cpu"])[0].device == "cpu"
+    for more, message in ((), "there is no cuda here: add --device cpu"), (("--alpha", "0"), "only --device may"):
+        with pytest.raises(SystemExit, match="2"):
+            dafl.parse_args(["--resume", str(folder), *more])
+        assert message in capsys.readouterr().err
 
 
 DAMAGES = (
     lambda state: state.pop("parts"),
-    lambda state: state.update(stage="finished"),
-    lambda state: state.update(step=99),
     lambda state: state["parts"].update(student=dafl.LeNet5().state_dict()),
     lambda state: state["parts"].update(student=dafl.LeNet5(0.5)),  # unpickling one would run its code
 )
@@ -372,17 +493,17 @@ DAMAGES = (
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_that_will_not_do_is_refused_and_left(damage, command, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dafl, "save_pictures", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(dafl, "save_picture", lambda *_: signal.raise_signal(signal.SIGINT))
         dafl.main(command)
     (stopped,) = Path("runs").iterdir()
-    path = stopped / "checkpoint.pt"
+    path = stopped / "student-checkpoint.pt"
     state = weights(path)
     damage(state)
     torch.save(state, path)
     before = files(stopped)
     for size in (None, 5000, 0):
         path.write_bytes(before[path][:size])
-        with pytest.raises(OSError, match="checkpoint.pt"):
+        with pytest.raises(OSError, match="student-checkpoint.pt: it is damaged"):
             dafl.main(["--resume", str(stopped)])
     assert files(stopped) == before | {path: b""}
 
@@ -400,15 +521,17 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(comman
     monkeypatch.setattr(dafl, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(FloatingPointError, match="step 3 of the student"):
         dafl.main([*command, "--replay", "0"])
-    checkpoint = weights(next(Path("runs").glob("*/checkpoint.pt")))
-    assert checkpoint["step"] == 2 and all(t.isfinite().all() for t in checkpoint["parts"]["student"].values())
+    checkpoint = weights(next(Path("runs").glob("*/student-checkpoint.pt")))
+    assert checkpoint["progress"]["step"] == 2 and all(
+        t.isfinite().all() for t in checkpoint["parts"]["student"].values()
+    )
 
 
 WRONG = """
     --dataset svhn, --recipe slow, --device tpu, --images cats, --steps 0, --steps 1.5, --batch-size 1, --lr-g -1,
-    --batch-size 4611686018427387904, --lr-g nan, --lr-s inf, --oh -0.1, --alpha nan, --beta -5, --replay -1,
-    --replay 100000000, --width 0, --temperature 0, --latent-dim 0, --teacher-epochs 0, --seed x, --seed -1,
-    --seed 99999999999999999999, --no-such-flag, --resume nowhere --alpha 0
+    --batch-size 4611686018427387904, --student-batch-size 1, --lr-g nan, --lr-s inf, --oh -0.1, --alpha nan, --beta -5, --replay -1,
+    --width 0, --temperature 0, --latent-dim 0, --teacher-epochs 0, --teacher-lr -1, --teacher-batch-size 1, --seed x,
+    --seed -1, --seed 99999999999999999999, --no-such-flag, --resume nowhere --alpha 0, --resume nowhere
 """
 
 
@@ -420,20 +543,75 @@ def test_wrong_values(flags, capsys):
     assert flags.split()[0] in error and error.startswith("dafl.py: error: ")
 
 
-@pytest.mark.parametrize("content", [None, b"PK", dafl.LeNet5(0.5).state_dict(), dafl.LeNet5(), "not finite"])
-def test_teacher_file_that_will_not_do(content, command, teacher_file, tmp_path):
-    if content == "not finite":
-        content = {name: tensor * math.nan for name, tensor in weights(teacher_file).items()}
-    if content is not None:  # a whole module is refused: unpickling one would run its code
-        torch.save(content, tmp_path / "bad.pt")
-    with pytest.raises((OSError, FloatingPointError), match=r"bad\.pt|bad teacher"):
+@pytest.mark.parametrize("flag", ["--batch-size", "--replay", "--latent-dim", "--width"])
+def test_what_has_no_room_is_told_before_anything_is_trained(flag, capsys):
+    assert command_line(flag, "1000000000000", "--device", "cpu") == 2
+    output, error = capsys.readouterr()
+    assert output == "" and "memory" in error and error.count("\n") == 1 and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("obstacle", ["file", "link"])
+def test_results_that_cannot_be_written(obstacle, command, capsys):
+    Path("runs").write_text("") if obstacle == "file" else Path("runs").symlink_to("nowhere")
+    assert command_line(*command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dafl.py: error: ") and "'runs'" in error and error.count("\n") == 1
+
+
+def test_a_notebook_runs_it(command, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # without reconfigure
+    monkeypatch.setattr(sys, "argv", ["dafl.py", *command])
+    runpy.run_path(str(HERE / "dafl.py"), run_name="__main__")
+    assert "student accuracy" in sys.stdout.getvalue()
+
+
+def test_each_data_set_has_its_own_help(capsys):
+    for flags, steps in ((["--help"], "(200)"), (["--recipe", "released", "--help"], "(24000)")):
+        assert command_line(*flags) == 0
+        assert steps in capsys.readouterr().out
+
+
+LENET = dafl.LeNet5().state_dict()
+TEACHER_FILES = (
+    (lambda path: None, "No such file"),
+    (lambda path: path.write_text("a text"), "it holds no state dict, as torch.save.*writes one$"),
+    (lambda path: path.write_bytes(b"PK"), "no state dict, as"),
+    (lambda path: torch.save(dafl.LeNet5(), path), "no state dict, as"),  # unpickling one would run its code
+    (lambda path: torch.save([1, 2], path), "no state dict, as"),
+    (
+        lambda path: torch.save({"state_dict": LENET, "epoch": 3}, path),
+        r"it has epoch \['int'\], state_dict \['OrderedDict'\] and lacks conv1.bias \[6\], ",
+    ),
+    (lambda path: torch.save({**LENET, "extra": LENET["fc2.bias"]}, path), r"has extra \[10\] and lacks nothing else"),
+    (
+        lambda path: torch.save(dafl.LeNet5(0.5).state_dict(), path),
+        r"at --width 1: it has conv1.bias \[3\], conv1.weight \[3, .* lacks .* \[6\]",
+    ),
+)
+
+
+@pytest.mark.parametrize(("write", "message"), TEACHER_FILES)
+def test_teacher_file_that_will_not_do(write, message, command, tmp_path):
+    write(tmp_path / "bad.pt")
+    with pytest.raises(OSError, match=message) as error:
         dafl.main([*command, "--teacher", str(tmp_path / "bad.pt")])
-    assert not list(Path("runs").glob("*/student.pt"))
+    assert "bad.pt" in str(error.value) and "\n" not in str(error.value) and not Path("runs").exists()
+
+
+def test_teacher_file_with_the_prefixes_of_wrappers_or_not_finite_numbers(command, teacher_file, tmp_path):
+    state = weights(teacher_file)
+    torch.save({f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}, tmp_path / "wrapped.pt")
+    made, _ = run([*command, "--teacher", str(tmp_path / "wrapped.pt")])
+    assert all(tensor.equal(state[name]) for name, tensor in weights(made / "teacher.pt").items())
+    torch.save({name: tensor * math.nan for name, tensor in state.items()}, tmp_path / "nan.pt")
+    with pytest.raises(FloatingPointError, match="bad teacher"):
+        dafl.main([*command, "--teacher", str(tmp_path / "nan.pt")])
 
 
 def test_flags_make_a_name_that_any_file_system_takes():
-    _, name = dafl.parse_args(["--teacher", "a/b\\c:d e\u00e9" + "x" * 300, "--alpha=0.0", "--steps=400"])
-    assert re.fullmatch(r"alpha-0-teacher-a-b-c-d-e-x+", name) and len(name) <= 100
+    _, name = dafl.parse_args(["--teacher", "a/b\\c:d e\u00e9" + "x" * 300, "--alpha=0.0"])
+    assert re.fullmatch(r"teacher-a-b-c-d-e-x+", name) and len(name) == 100
+    assert dafl.parse_args([])[1] == "mnist" and dafl.parse_args(["--seed", "7"])[1] == "seed-7"
 
 
 def test_readme_commands_parse():
@@ -446,5 +624,5 @@ def test_readme_commands_parse():
 
 def test_readme_block_distils_a_teacher_of_ones_own():
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    output, error = start("-c", block, cwd=HERE).communicate()
-    assert 0.5 < float(output) <= 1, error  # and importing prints nothing
+    result = subprocess.run([sys.executable, "-c", block], cwd=HERE, capture_output=True, text=True, check=False)
+    assert 0.5 < float(result.stdout) <= 1, result.stderr  # and importing prints nothing
