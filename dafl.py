@@ -111,10 +111,10 @@ resnet34, resnet18 = partial(ResNet, (3, 4, 6, 3)), partial(ResNet, (2, 2, 2, 2)
 def kd_loss(student_logits, teacher_logits, temperature=1):
     """L_KD, Eq. 1, as mean_i sum_k p_ik ln(p_ik / q_ik): the student's answers q should be the teacher's, p.
 
-    p and q are softmaxes of logits (N, K). Eq. 1 is their cross-entropy; this is smaller by the entropy of p, which no
-    student can change: the gradient is the same, and 0 means agreement. A temperature T divides the logits, so that p
-    also shows how the teacher ranks the classes it rules out, and multiplies the loss by T^2, so that gradients keep
-    their size (Hinton et al., 2015). Raises ValueError if shapes differ.
+    p and q are softmaxes of logits (N, K). Eq. 1 is their cross-entropy; less the entropy of p, which no student can
+    change, the gradient is the same, and 0 means agreement. A temperature T divides the logits, so that p also ranks
+    the classes it rules out, and multiplies the loss by T^2, so that gradients keep their size (Hinton et al., 2015).
+    Raises ValueError if shapes differ.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"shapes differ: student {[*student_logits.shape]}, teacher {[*teacher_logits.shape]}")
@@ -399,8 +399,8 @@ def evaluate(network, images, labels):
 def to_device(network, device, low_precision=True):
     """Move a network, in place, to "cpu", "cuda" or "mps", in its fastest layout, and in bf16 where that pays.
 
-    It pays for all but a LeNet5: on CUDA GPUs that have bf16, on CPUs with AMX and on AMD's since Zen 4. What the
-    network takes and returns is float32 nevertheless.
+    It pays for all but a LeNet5: on CUDA GPUs that have bf16, on CPUs with AMX, on AMD's since Zen 4. It then
+    computes in bf16 but returns float32.
     """
 
     def forward_in_bf16(self, x):
@@ -488,24 +488,6 @@ def load_weights(network, path, description):
     network.load_state_dict(state)
 
 
-def save_checkpoint(path, parts, device, **progress):
-    """Write the states of all parts and of the device's random numbers, and the progress. Raises OSError."""
-    rng = torch if device.type == "cpu" else torch.get_device_module(device)
-    states = {name: part.state_dict() for name, part in parts.items()}
-    save({"parts": states, "rng": {device.type: rng.get_rng_state()}, "progress": progress}, path)
-
-
-def load_checkpoint(path, parts, device):
-    """Put the states back, in place, random numbers on the same kind of device only. Returns the progress."""
-    rng = torch if device.type == "cpu" else torch.get_device_module(device)
-    with reading(path, "it is damaged, or of a run with other flags"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(saved["parts"][name])
-        rng.set_rng_state(saved["rng"].get(device.type, rng.get_rng_state()))
-        return saved["progress"]
-
-
 def fit(stage, train_step, steps, parts, folder, test_set):
     """The one training loop: train_step() `steps` times, about eleven reports, and a checkpoint a minute.
 
@@ -518,17 +500,24 @@ def fit(stage, train_step, steps, parts, folder, test_set):
         if not all(p.isfinite().all() for x in parts.values() if isinstance(x, nn.Module) for p in x.parameters()):
             raise FloatingPointError(f"step {step:,} of the {stage} is not finite: too high a rate, or a bad teacher")
 
-    device, checkpoint, log = test_set[0].device, folder / f"{stage}-checkpoint.pt", folder / "log.csv"
+    checkpoint, log = folder / f"{stage}-checkpoint.pt", folder / "log.csv"
     done = {"step": 0, "seconds": 0.0}
     if checkpoint.exists():
-        done = load_checkpoint(checkpoint, parts, device)
-        os.truncate(log, done["log_size"])  # rows of later steps will come again
+        with reading(checkpoint, "it is damaged, or of a run with other flags"):
+            done = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(done["parts"][name])
+            torch.manual_seed(done["step"])  # a GPU goes on with other random numbers,
+            torch.set_rng_state(done["rng"])  # a CPU with the very same
+            os.truncate(log, done["log_size"])  # rows of later steps will come again
     started_at, saved_at, shown_at = time.monotonic() - done["seconds"], -math.inf, -math.inf
     for step in range(done["step"] + 1, steps + 1):
         seconds = time.monotonic() - started_at
         if seconds - saved_at >= CHECKPOINT_SECONDS:
             check_finite(step - 1)
-            save_checkpoint(checkpoint, parts, device, step=step - 1, seconds=seconds, log_size=log.stat().st_size)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            done = {"step": step - 1, "seconds": seconds, "log_size": log.stat().st_size}
+            save(done | {"parts": states, "rng": torch.get_rng_state()}, checkpoint)
             saved_at = seconds
         losses = train_step()
         parts["schedule"].step()
