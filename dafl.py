@@ -330,7 +330,7 @@ RECIPES = {  # of each hyperparameter the least value, (fast, released) for mnis
     "student_batch_size": (2, (128, 512), (64, 1_024), (64, 1_024), "images in a batch for the student alone"),
     "latent_dim": (1, (100, 100), (256, 1_000), (256, 1_000), "length of the noise z"),
     "lr_g": (0.0, (0.01, 0.2), (0.001, 0.02), (0.001, 0.02), "learning rate of the generator"),
-    "lr_s": (0.0, (0.007, 0.002), (0.1, 0.1), (0.1, 0.1), "learning rate of the student"),
+    "lr_s": (0.0, (0.01, 0.002), (0.1, 0.1), (0.1, 0.1), "learning rate of the student"),
     "oh": (0.0, (1.0, 1.0), (1.0, 0.05), (0.5, 0.5), "weight of L_oh, Eq. 4"),
     "alpha": (0.0, (0.1, 0.1), (0.01, 0.01), (0.1, 0.1), "weight of L_a, Eq. 5"),
     "beta": (0.0, (5.0, 5.0), (5.0, 5.0), (20.0, 20.0), "weight of L_ie, Eq. 6"),
