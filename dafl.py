@@ -697,6 +697,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         argparse.ArgumentParser().exit(130, "\ndafl.py: stopped\n")
     except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory|overflow", str(error)):
-            raise
-        argparse.ArgumentParser().exit(2, f"dafl.py: error: {' '.join(str(error).split()) or 'out of memory'}\n")
+        message = " ".join(str(error).split())
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if not re.search("^$|(out of|allocate|enough) memory|overflow", message):
+                raise
+            message = "not enough memory: choose smaller batch sizes, replay, latent-dim or width"
+        argparse.ArgumentParser().exit(2, f"dafl.py: error: {message}\n")
