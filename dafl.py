@@ -28,7 +28,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -210,9 +209,11 @@ def set_modes(teacher, student):
 
 
 def update(optimizer, loss):
-    """One step of the optimizer along the loss's gradient."""
+    """One step of the optimizer along the loss's gradient. Raises ValueError if the loss has none in its parameters."""
     optimizer.zero_grad()
     loss.backward()
+    if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("an optimizer holds no parameter of its network: are the two optimizers swapped?")
     optimizer.step()
 
 
@@ -233,7 +234,8 @@ def distill_step(
     generator.train()
 
     # Module 1: the generator
-    z = torch.randn(batch_size, generator.latent_dim, device=next(generator.parameters()).device)
+    weight = next(generator.parameters())
+    z = torch.randn(batch_size, generator.latent_dim, device=weight.device, dtype=weight.dtype)
     images = generator(z)
     logits, features = classify(teacher, images)
     if features is None and alpha:
@@ -271,13 +273,15 @@ class ReplayBuffer:
     """The latest `capacity` images of one shape (C, H, W), in half precision."""
 
     def __init__(self, capacity, image_shape):
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, not {capacity}")
         self.capacity, self.images = capacity, torch.empty(0, *image_shape, dtype=torch.float16)
 
     def add(self, images):
         """Take in images (N, C, H, W) and drop the oldest. Raises ValueError if they have another shape."""
         if images.shape[1:] != self.images.shape[1:]:
             raise ValueError(f"the images must be {[*self.images.shape[1:]]}, not {[*images.shape[1:]]}")
-        self.images = torch.cat([self.images.to(images.device), images.half()])[-self.capacity :]
+        self.images = torch.cat([self.images.to(images.device), images.detach().half()])[-self.capacity :]
 
     def sample(self, n):
         """Images (n, C, H, W), drawn with replacement from those kept. Raises ValueError if there are none yet."""
@@ -396,26 +400,29 @@ def evaluate(network, images, labels):
     return correct.item() / len(labels)
 
 
+def forward_in_bf16(network, device_type, *args, **kwargs):
+    """network.forward in bf16, where that is safe, with float32 outputs."""
+    with torch.autocast(device_type, torch.bfloat16):
+        outputs = type(network).forward(network, *args, **kwargs)
+    parts = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    parts = [x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x for x in parts]
+    return parts if isinstance(outputs, (tuple, list)) else parts[0]
+
+
 def to_device(network, device, low_precision=True):
     """Move a network, in place, to "cpu", "cuda" or "mps", in its fastest layout, and in bf16 where that pays.
 
-    It pays for all but a LeNet5: on CUDA GPUs that have bf16, on CPUs with AMX, on AMD's since Zen 4. It then
-    computes in bf16 but returns float32.
+    It pays for all but a LeNet5: on CUDA GPUs that have bf16, on CPUs with AMX, on AMD's since Zen 4.
     """
-
-    def forward_in_bf16(self, x):
-        with torch.autocast(device, torch.bfloat16):
-            outputs = type(self).forward(self, x)
-        return outputs.to(x.dtype) if isinstance(outputs, torch.Tensor) else [part.to(x.dtype) for part in outputs]
-
+    kind = torch.device(device).type
     # On Apple GPUs BatchNorm's gradient is wrong in channels_last (github.com/pytorch/pytorch/issues/175189).
-    network.to(device, memory_format=torch.preserve_format if device == "mps" else torch.channels_last)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    network.to(device, memory_format=torch.preserve_format if kind == "mps" else torch.channels_last)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
     has_bf16 = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", ""))
-    if device == "cuda":
+    if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if has_bf16 and low_precision and not isinstance(network, LeNet5):
-        network.forward = MethodType(forward_in_bf16, network)  # a method, so that a deep copy gets its own
+        network.forward = partial(forward_in_bf16, network, kind)
     return network
 
 
@@ -505,6 +512,8 @@ def fit(stage, train_step, steps, parts, folder, test_set):
     if checkpoint.exists():
         with reading(checkpoint, "it is damaged, or of a run with other flags"):
             done = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            if done["step"] >= steps:
+                raise ValueError
             for name, part in parts.items():
                 part.load_state_dict(done["parts"][name])
             torch.manual_seed(done["step"])  # a GPU goes on with other random numbers,
@@ -569,7 +578,7 @@ def parse_args(argv=None):
     add("--dataset", help="what the teacher knows (%(default)s)", choices=DATASETS, default="mnist")
     add("--recipe", help="values below, schedules, bf16, pixels (%(default)s)", choices=RECIPE_NAMES, default="fast")
     add("--images", help="what the student learns from, see Table 1 (%(default)s)", choices=images, default="generator")
-    add("--teacher", help="state dict of a teacher, so that none is trained", metavar="FILE")
+    add("--teacher", help="state dict of a teacher, so that none is trained", type=os.path.abspath, metavar="FILE")
     add("--seed", help="seed of everything random (%(default)s)", type=int, default=0, metavar="int")
     add("--device", help="where to compute (%(default)s)", choices=devices, default=devices[0])
     add("--resume", help="go on with the stopped run in this folder, with its own flags", metavar="FOLDER")
@@ -582,8 +591,8 @@ def parse_args(argv=None):
         if (folder / "student.pt").exists():
             parser.error(f"argument --resume: the run in {folder} is finished")
         try:
-            stopped = json.loads((folder / "args.json").read_text())
-        except (OSError, ValueError) as error:
+            stopped = dict(json.loads((folder / "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
             parser.error(f"argument --resume: there is no run in {folder}: {error}")
         if (folder / "teacher.pt").exists():
             stopped["teacher"] = str(folder / "teacher.pt")
@@ -620,7 +629,7 @@ def main(argv=None):
     train_set = load_dataset(args.dataset, "train", device=device) if from_data or args.teacher is None else None
     image_shape, augment = test_set[0].shape[1:], nn.Identity() if mnist else crop_and_flip
     # The generator's largest tensors and the replayed images: what has no room fails now, not after the teacher.
-    replayed = args.replay, args.student_batch_size, *image_shape
+    replayed = max(1, args.replay), args.student_batch_size, *image_shape
     for shape in (8192, args.latent_dim), (args.batch_size, 64, 32, 32), replayed:
         torch.empty(shape, device=device)
     folder = Path(args.resume) if args.resume is not None else new_folder(name, vars(args))

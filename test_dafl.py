@@ -160,6 +160,10 @@ def test_bf16_computes_all_but_a_lenet(network, monkeypatch):
     exact, rounded = (y if generator else y[0] for y in (network(x), twin(x)))
     assert rounded.dtype == torch.float32
     assert exact.sub(rounded).abs().max().gt(1e-4) != isinstance(network, dafl.LeNet5)
+    file = io.BytesIO()
+    torch.save(twin, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False)(x)[0].equal(twin(x)[0])
     zeroed = copy.deepcopy(twin)
     for parameter in zeroed.parameters():
         parameter.data.zero_()
@@ -204,7 +208,7 @@ def test_distill_step_is_the_released_loop(dataset, monkeypatch):
     optimizer_s, _ = dafl.make_optimizer(networks[1], args["lr_s"], args["steps"], "released", (0.4, 0.8))
     noise = torch.randn(3, 16, 100, dtype=torch.float64)
     draws = iter(noise)
-    monkeypatch.setattr(torch, "randn", lambda *shape, device: next(draws))
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: next(draws))
     options = {name: args[name] for name in ("oh", "alpha", "beta", "temperature")}
     for expected in released_loop(*released, noise, oh, a, ie, *released_optimizers):
         losses, images = dafl.distill_step(*networks, optimizer_g, optimizer_s, batch_size=16, **options)
@@ -290,6 +294,15 @@ def test_a_student_that_cannot_be_trained_whole_is_refused():
             steps(teacher, frozen, alpha=0)
 
 
+def test_swapped_optimizers_are_refused():
+    generator, student = dafl.Generator(10), dafl.LeNet5()
+    optimizers = [torch.optim.Adam(network.parameters()) for network in (student, generator)]
+    with pytest.raises(ValueError, match="swapped"):
+        dafl.distill_step(dafl.LeNet5(), student, generator, *optimizers, batch_size=4)
+    with pytest.raises(ValueError, match="swapped"):
+        dafl.kd_step(dafl.LeNet5(), student, optimizers[1], torch.randn(4, 1, 32, 32))
+
+
 def test_wrong_shapes_are_refused():
     for student, teacher in (((64, 1), (64, 10)), ((1, 10), (64, 10)), ((10,), (64, 10))):
         with pytest.raises(ValueError, match="64, 10"):
@@ -312,6 +325,8 @@ def test_replay_buffer_keeps_the_latest_images():
         assert images.shape == (60, 3, 2, 2) and {*images.unique().tolist()} == kept
     with pytest.raises(ValueError, match=r"\[3, 2, 2\], not \[1, 2, 2\]"):
         buffer.add(torch.zeros(2, 1, 2, 2))
+    with pytest.raises(ValueError, match="not 0"):
+        dafl.ReplayBuffer(0, (3, 2, 2))
 
 
 def test_cutmix_puts_a_part_of_another_image_beside_each():
@@ -453,7 +468,7 @@ def test_resume_takes_the_stopped_runs_flags_and_perhaps_another_device(command,
         dafl.main([*command, "--dataset", "mnist", "--alpha", "0.5", "--seed", "3"])
     (folder,) = Path("runs").iterdir()
     args, _ = dafl.parse_args(["--resume", str(folder)])
-    assert (args.alpha, args.seed, args.steps, args.teacher) == (0.5, 3, 3, str(folder / "teacher.pt"))
+    assert (args.alpha, args.seed, args.steps, args.teacher) == (0.5, 3, 3, str((folder / "teacher.pt").absolute()))
     flags = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps(flags | {"device": "cuda"}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -466,6 +481,7 @@ def test_resume_takes_the_stopped_runs_flags_and_perhaps_another_device(command,
 
 DAMAGES = (
     lambda state: state.pop("parts"),
+    lambda state: state.update(step=99),
     lambda state: state["parts"].update(student=dafl.LeNet5().state_dict()),
     lambda state: state["parts"].update(student=dafl.LeNet5(0.5)),  # unpickling one would run its code
 )
