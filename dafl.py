@@ -297,7 +297,7 @@ class ReplayBuffer:
 
 
 def cutmix(images):
-    """CutMix (Yun et al., ICCV 2019): beyond a random straight line, each image (N, C, H, W) shows another of the batch.
+    """CutMix (Yun et al., ICCV 2019): beyond a random straight line, each image (N, C, H, W) shows another of them.
 
     CutMix proper pastes rectangles and mixes the labels; here the teacher labels the mixture.
     """
@@ -391,7 +391,7 @@ def classifier_step(network, optimizer, images, labels):
 
 @torch.no_grad()
 def evaluate(network, images, labels):
-    """Accuracy in [0, 1] of a classifier on normalised images (N, C, H, W) with labels (N,). ValueError: not one each."""
+    """Accuracy in [0, 1] of a classifier on normalised images (N, C, H, W), with labels (N,), else ValueError."""
     if labels.shape != images.shape[:1]:
         raise ValueError(f"there must be a label for each image: labels {[*labels.shape]}, images {[*images.shape]}")
     network.eval()
