@@ -8,7 +8,7 @@ A trained classifier, the teacher, is all that is left; its training data are go
 that the fixed teacher takes for its own data: it is sure of each image (L_oh), its features are strong (L_a), and a
 batch covers all classes evenly (L_ie). A smaller student learns to give the teacher's outputs on those images (L_KD).
 Then it is tested on real images, none of which it has seen. Beyond the paper, by default the student also learns from
-past images again, so that minutes do instead of hours.
+past images again, mixed and at a higher temperature, so that minutes do instead of hours.
 
     python dafl.py                       # MNIST: trains a teacher, then a student without data
     python dafl.py --recipe released     # the same with the authors' loop and values
@@ -201,11 +201,13 @@ def classify(network, images):
 
 
 def set_modes(teacher, student):
-    """Freeze the teacher, let the student train. Raises ValueError if that freezes a part of the student, too."""
+    """Freeze the teacher, let the student train. Raises ValueError if a parameter of the student is frozen then."""
     teacher.eval().requires_grad_(False)
     student.train()
     if not all(parameter.requires_grad for parameter in student.parameters()):
-        raise ValueError("the student has frozen parameters: call requires_grad_() on it, and let it share no layer")
+        raise ValueError(
+            "the student has frozen parameters: call requires_grad_() on it; it must share no layer with the teacher"
+        )
 
 
 def update(optimizer, loss):
@@ -225,10 +227,11 @@ def distill_step(
     teacher, student: any networks from images (N, C, H, W) to logits (N, K) before softmax, alone or followed by
     features. Only L_a needs features, the teacher's: the input of its last layers. The teacher stays frozen.
     generator: any network from noise (N, generator.latent_dim) to images.
-    oh, alpha, beta: the weights of Eq. 7, which has none on L_oh. temperature: of L_KD; Eq. 1 has 1, our default run 4.
+    oh, alpha, beta: the weights of Eq. 7, where that of L_oh is 1. temperature: of kd_loss; Eq. 1 has 1, the fast
+    recipe below 4.
 
-    Returns the losses l_oh, l_a, l_ie and l_kd by name, and the images, all detached. Raises ValueError if a network
-    returns anything else, if L_a lacks features, or if a part of the student is frozen.
+    Returns the losses l_oh, l_a, l_ie and l_kd by name, and the images, all detached. Raises ValueError if outputs are
+    not as above, L_a lacks features, a parameter of the student is frozen, or the optimizers are swapped.
     """
     set_modes(teacher, student)
     generator.train()
@@ -245,7 +248,7 @@ def distill_step(
     l_ie = information_entropy_loss(logits)
     update(optimizer_g, oh * l_oh + alpha * l_a + beta * l_ie)  # L_Total, Eq. 7
 
-    # Module 2: the student, once more on the same images, as in the released code; the paper draws others
+    # Module 2: the student, on the same images, as in the released code; the paper's Algorithm 1 draws new ones
     images = images.detach()
     l_kd = kd_loss(classify(student, images)[0], logits.detach(), temperature)
     update(optimizer_s, l_kd)
@@ -266,7 +269,7 @@ def kd_step(teacher, student, optimizer_s, images, temperature=1):
 # === Beyond the paper ================================================================================================
 # Images are slow to generate and quick to learn from. So the student learns again from past ones, as in later work on
 # data-free distillation (Binici et al., WACV 2022, https://arxiv.org/abs/2108.05698), each time mixed in another way.
-# (The loop with both is student_step in main.)
+# How this joins distill_step is seen in main, in student_step.
 
 
 class ReplayBuffer:
@@ -297,7 +300,7 @@ class ReplayBuffer:
 
 
 def cutmix(images):
-    """CutMix (Yun et al., ICCV 2019): beyond a random straight line, each image (N, C, H, W) shows another of them.
+    """CutMix (Yun et al., ICCV 2019): cut each image (N, C, H, W) along a random line; one side shows another image.
 
     CutMix proper pastes rectangles and mixes the labels; here the teacher labels the mixture.
     """
@@ -311,10 +314,11 @@ def cutmix(images):
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2), then a 3x3 nn.Conv2d of padding 1, with 2.25 times fewer products."""
+    """nn.Upsample(scale_factor=2), then a 3x3 nn.Conv2d of padding 1, the same but with 2.25 times fewer products."""
 
     def forward(self, x):
-        # A pixel repeated over 2x2 adds its mirrored 3x3 kernel at four places: a 4x4 kernel, 4 times their average.
+        # A pixel fills 2x2 upsampled ones, and so adds the mirrored 3x3 kernel at 4 places: a 4x4 kernel, their sum,
+        # which is 4 times their average.
         kernel = 4 * F.avg_pool2d(F.pad(self.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1).transpose(0, 1)
         layout = torch.contiguous_format if x.device.type == "mps" else torch.channels_last  # faster, except on MPS
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
@@ -328,7 +332,7 @@ DATASETS = {  # torchvision's class, number of classes, mean and std of each cha
     "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 RECIPE_NAMES = ("fast", "released")  # released: the authors' values and loop
-RECIPES = {  # of each hyperparameter the least value, (fast, released) for mnist, cifar10 and cifar100, and help
+RECIPES = {  # by hyperparameter: least value, (fast, released) for mnist, for cifar10, for cifar100, help
     "steps": (1, (200, 24_000), (2_000, 240_000), (2_000, 240_000), "steps; each updates the student 1 + replay times"),
     "batch_size": (2, (64, 512), (64, 1_024), (64, 1_024), "images that a step generates"),
     "student_batch_size": (2, (128, 512), (64, 1_024), (64, 1_024), "images in a batch for the student alone"),
@@ -391,7 +395,7 @@ def classifier_step(network, optimizer, images, labels):
 
 @torch.no_grad()
 def evaluate(network, images, labels):
-    """Accuracy in [0, 1] of a classifier on normalised images (N, C, H, W), with labels (N,), else ValueError."""
+    """Accuracy in [0, 1] of a classifier on normalised images (N, C, H, W). ValueError: labels are not (N,)."""
     if labels.shape != images.shape[:1]:
         raise ValueError(f"there must be a label for each image: labels {[*labels.shape]}, images {[*images.shape]}")
     network.eval()
@@ -438,7 +442,7 @@ def make_optimizer(network, lr, steps, recipe, milestones):
         optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     if recipe == "released":
         return optimizer, MultiStepLR(optimizer, [round(share * steps) for share in milestones])
-    # Two lines, one up and one down, that meet at 1, the full rate, after a sixth of the steps.
+    # The lower of two lines: up to the full rate in a sixth of the steps, and from there down to 0 at their end.
     return optimizer, LambdaLR(optimizer, lambda step: min(6 * (step + 1) / steps, 1.2 * (1 - step / steps)))
 
 
@@ -498,8 +502,9 @@ def load_weights(network, path, description):
 def fit(stage, train_step, steps, parts, folder, test_set):
     """The one training loop: train_step() `steps` times, about eleven reports, and a checkpoint a minute.
 
-    parts maps names to all with a state_dict, including the "schedule" and the network to test, parts[stage]. If the
-    folder has a checkpoint of this stage, training goes on from there. A report is a line on the screen and in log.csv.
+    parts is all that a checkpoint keeps, by name, each with a state_dict; parts["schedule"] steps the rate, parts[stage]
+    is the network to test. If the folder has a checkpoint of this stage, training goes on from there. A report is a
+    line on the screen and in log.csv.
     Returns the last accuracy. Raises FloatingPointError, OSError.
     """
 
@@ -516,7 +521,7 @@ def fit(stage, train_step, steps, parts, folder, test_set):
                 raise ValueError
             for name, part in parts.items():
                 part.load_state_dict(done["parts"][name])
-            torch.manual_seed(done["step"])  # a GPU goes on with other random numbers,
+            torch.manual_seed(torch.initial_seed() + done["step"])  # a GPU goes on with other random numbers,
             torch.set_rng_state(done["rng"])  # a CPU with the very same
             os.truncate(log, done["log_size"])  # rows of later steps will come again
     started_at, saved_at, shown_at = time.monotonic() - done["seconds"], -math.inf, -math.inf
@@ -525,8 +530,8 @@ def fit(stage, train_step, steps, parts, folder, test_set):
         if seconds - saved_at >= CHECKPOINT_SECONDS:
             check_finite(step - 1)
             states = {name: part.state_dict() for name, part in parts.items()}
-            done = {"step": step - 1, "seconds": seconds, "log_size": log.stat().st_size}
-            save(done | {"parts": states, "rng": torch.get_rng_state()}, checkpoint)
+            progress = {"step": step - 1, "seconds": seconds, "log_size": log.stat().st_size}
+            save(progress | {"parts": states, "rng": torch.get_rng_state()}, checkpoint)
             saved_at = seconds
         losses = train_step()
         parts["schedule"].step()
@@ -542,8 +547,8 @@ def fit(stage, train_step, steps, parts, folder, test_set):
             row = {"stage": stage, "step": step, "seconds": round(seconds, 2), **values, "accuracy": accuracy}
             with log.open("a", newline="") as file:
                 csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow(row)
-            values = "".join(f"  {name} {value:6.3f}" for name, value in values.items())
-            print(f"{stage} {step:6,}{values}  accuracy {accuracy:6.2%}  {left}")
+            shown = "".join(f"  {name} {value:6.3f}" for name, value in values.items())
+            print(f"{stage} {step:6,}{shown}  accuracy {accuracy:6.2%}  {left}")
     return accuracy
 
 
@@ -576,7 +581,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False, add_help=False)
     add = parser.add_argument
     add("--dataset", help="what the teacher knows (%(default)s)", choices=DATASETS, default="mnist")
-    add("--recipe", help="values below, schedules, bf16, pixels (%(default)s)", choices=RECIPE_NAMES, default="fast")
+    add(
+        "--recipe",
+        help="sets values below, schedules, bf16, pixel range (%(default)s)",
+        choices=RECIPE_NAMES,
+        default="fast",
+    )
     add("--images", help="what the student learns from, see Table 1 (%(default)s)", choices=images, default="generator")
     add("--teacher", help="state dict of a teacher, so that none is trained", type=os.path.abspath, metavar="FILE")
     add("--seed", help="seed of everything random (%(default)s)", type=int, default=0, metavar="int")
@@ -616,7 +626,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Run a command line: train a teacher, if need be, and a student. Returns the accuracy of both by name."""
+    """Run a command line: train a teacher, unless one is given, and a student. Returns the accuracy of both by name."""
     args, name = parse_args(argv)
     mnist, fast, from_data = args.dataset == "mnist", args.recipe == "fast", args.images in ("real", "labels")
     device, (_, num_classes, mean, std) = args.device, DATASETS[args.dataset]
@@ -628,14 +638,15 @@ def main(argv=None):
     test_set = load_dataset(args.dataset, "test", device=device)
     train_set = load_dataset(args.dataset, "train", device=device) if from_data or args.teacher is None else None
     image_shape, augment = test_set[0].shape[1:], nn.Identity() if mnist else crop_and_flip
-    # The generator's largest tensors and the replayed images: what has no room fails now, not after the teacher.
+    # The generator's largest weight and activations, and the replayed images: what has no room should fail now, not
+    # after the teacher.
     replayed = max(1, args.replay), args.student_batch_size, *image_shape
-    for shape in (8192, args.latent_dim), (args.batch_size, 64, 32, 32), replayed:
+    for shape in (128 * 8 * 8, args.latent_dim), (args.batch_size, 64, 32, 32), replayed:
         torch.empty(shape, device=device)
     folder = Path(args.resume) if args.resume is not None else new_folder(name, vars(args))
     print(f"DAFL on {args.dataset}: {args.recipe} recipe, seed {args.seed}, on {device}; results in {folder}")
 
-    def real_batch(n):
+    def real_batch(n):  # drawn with replacement: an epoch is as many images as the set has, not each once
         images, labels = train_set
         picked = torch.randint(len(images), (n,), device=device)
         return augment(images[picked]), labels[picked]
@@ -663,15 +674,16 @@ def main(argv=None):
     optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, milestones)
     parts = {"student": student, "optimizer_s": optimizer_s, "schedule": schedule}
     if args.images == "generator":
-        black_to_white = [(pixel - mean[0]) / std[0] for pixel in (0, 1)] if mnist and fast else (-math.inf, math.inf)
-        generator = to_device(Generator(args.latent_dim, image_shape[0], 32, black_to_white), device, fast)
+        black_to_white = [(pixel - mean[0]) / std[0] for pixel in (0, 1)]
+        pixel_range = black_to_white if mnist and fast else (-math.inf, math.inf)
+        generator = to_device(Generator(args.latent_dim, image_shape[0], 32, pixel_range), device, fast)
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)  # at a constant rate
         buffer = ReplayBuffer(25_600, image_shape)
         options = {name: vars(args)[name] for name in ("batch_size", "oh", "alpha", "beta", "temperature")}
         parts |= {"generator": generator, "optimizer_g": optimizer_g, "buffer": buffer}
 
     def student_step():
-        if args.images == "labels":  # no teacher
+        if args.images == "labels":  # the teacher is not used
             return classifier_step(student, optimizer_s, *real_batch(args.student_batch_size))
         if args.images == "real":  # the teacher, no labels
             return kd_step(teacher, student, optimizer_s, real_batch(args.student_batch_size)[0], args.temperature)
