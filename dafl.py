@@ -502,7 +502,7 @@ def load_weights(network, path, description):
 def fit(stage, train_step, steps, parts, folder, test_set):
     """The one training loop: train_step() `steps` times, about eleven reports, and a checkpoint a minute.
 
-    parts is all that a checkpoint keeps, by name, each with a state_dict; parts["schedule"] steps the rate, parts[stage]
+    parts is all that a checkpoint keeps, by name, each with a state_dict; parts["schedule"] sets the rate, parts[stage]
     is the network to test. If the folder has a checkpoint of this stage, training goes on from there. A report is a
     line on the screen and in log.csv.
     Returns the last accuracy. Raises FloatingPointError, OSError.
