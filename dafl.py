@@ -365,11 +365,9 @@ def load_dataset(name, split, data_dir=Path(__file__).parent / "data", device="c
     try:
         dataset = source(data_dir, split == "train", download=True)
     except Exception as error:  # torchvision raises many kinds
-        no_access = isinstance(error, OSError) or "Error downloading" in str(error)
-        advice = "" if no_access else " (delete the damaged files there)"
-        raise OSError(
-            f"cannot read or download {name} in {data_dir}{advice}: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        advice = "" if isinstance(error, OSError) or "Error downloading" in reason else " (delete damaged files there)"
+        raise OSError(f"cannot read or download {name} in {data_dir}{advice}: {reason}") from error
     images = torch.as_tensor(dataset.data)  # uint8 (N, 28, 28) or (N, 32, 32, 3)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     images = TF.to_dtype(TF.resize(images, [32, 32]).to(device), torch.float32, scale=True)
@@ -638,8 +636,7 @@ def main(argv=None):
     test_set = load_dataset(args.dataset, "test", device=device)
     train_set = load_dataset(args.dataset, "train", device=device) if from_data or args.teacher is None else None
     image_shape, augment = test_set[0].shape[1:], nn.Identity() if mnist else crop_and_flip
-    # The generator's largest weight and activations, and the replayed images: what has no room should fail now, not
-    # after the teacher.
+    # The generator's largest weight and activations, and the replayed images: what has no room should fail at once.
     replayed = max(1, args.replay), args.student_batch_size, *image_shape
     for shape in (128 * 8 * 8, args.latent_dim), (args.batch_size, 64, 32, 32), replayed:
         torch.empty(shape, device=device)
