@@ -502,8 +502,7 @@ def fit(stage, train_step, steps, parts, folder, test_set):
 
     parts is all that a checkpoint keeps, by name, each with a state_dict; parts["schedule"] sets the rate, parts[stage]
     is the network to test. If the folder has a checkpoint of this stage, training goes on from there. A report is a
-    line on the screen and in log.csv.
-    Returns the last accuracy. Raises FloatingPointError, OSError.
+    line on the screen and in log.csv. Returns the last accuracy. Raises FloatingPointError, OSError.
     """
 
     def check_finite(step):
