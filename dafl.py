@@ -335,7 +335,7 @@ RECIPE_NAMES = ("fast", "released")  # released: the authors' values and loop
 RECIPES = {  # by hyperparameter: least value, (fast, released) for mnist, for cifar10, for cifar100, help
     "steps": (1, (200, 24_000), (2_000, 240_000), (2_000, 240_000), "steps; each updates the student 1 + replay times"),
     "batch_size": (2, (64, 512), (64, 1_024), (64, 1_024), "images that a step generates"),
-    "student_batch_size": (2, (128, 512), (64, 1_024), (64, 1_024), "images in a batch for the student alone"),
+    "student_batch_size": (2, (128, 512), (128, 1_024), (128, 1_024), "images in a batch for the student alone"),
     "latent_dim": (1, (100, 100), (256, 1_000), (256, 1_000), "length of the noise z"),
     "lr_g": (0.0, (0.01, 0.2), (0.001, 0.02), (0.001, 0.02), "learning rate of the generator"),
     "lr_s": (0.0, (0.01, 0.002), (0.1, 0.1), (0.1, 0.1), "learning rate of the student"),
