@@ -534,9 +534,9 @@ def fit(stage, train_step, steps, parts, folder, test_set):
         parts["schedule"].step()
         seconds = time.monotonic() - started_at
         minutes, rest = divmod(round(seconds / step * (steps - step)), 60)
-        left = f"{minutes}:{rest:02} left"
+        left = f"  {minutes}:{rest:02} left" if step > 1 else ""  # a GPU's first step takes far longer than the others
         if sys.stdout.isatty() and seconds - shown_at >= 1:
-            print(f"{stage} {step:6,} of {steps:,}  {left}", end="   \r")
+            print(f"{stage} {step:6,} of {steps:,}{left}", end="   \r")
             shown_at = seconds
         if step == 1 or 10 * step % steps < 10:  # the first, and each that completes a tenth
             check_finite(step)
@@ -545,7 +545,7 @@ def fit(stage, train_step, steps, parts, folder, test_set):
             with log.open("a", newline="") as file:
                 csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow(row)
             shown = "".join(f"  {name} {value:6.3f}" for name, value in values.items())
-            print(f"{stage} {step:6,}{shown}  accuracy {accuracy:6.2%}  {left}")
+            print(f"{stage} {step:6,}{shown}  accuracy {accuracy:6.2%}{left}")
     return accuracy
 
 

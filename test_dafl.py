@@ -390,7 +390,8 @@ def test_a_run_leaves_all_files_and_repeats_with_its_seed(command, monkeypatch, 
     before = files(first)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     second, _ = run(["--seed", "7", *command])
-    assert re.search(r"student +1 of 3 +\d:\d\d left +\r", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"student +1 of 3 +\r", out) and "%  0:00 left\n" in out
     third, _ = run(["--seed", "8", *command])
     assert second.name == f"{first.name}-2" and third.name == first.name.replace("seed-7", "seed-8")
     assert log(first) == log(second) != log(third)
