@@ -37,7 +37,7 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
-# === The method: it needs only PyTorch and, for speed, the UpsampleConv2d of the next part ===========================
+# === The method: it needs only PyTorch and UpsampleConv2d, a faster convolution, from the next part ==================
 
 # --- Section 3.1: teacher and student, and the loss between them -----------------------------------------------------
 
@@ -111,8 +111,8 @@ def kd_loss(student_logits, teacher_logits, temperature=1):
     """L_KD, Eq. 1, as mean_i sum_k p_ik ln(p_ik / q_ik): the student's answers q should be the teacher's, p.
 
     p and q are softmaxes of logits (N, K). Eq. 1 is their cross-entropy; less the entropy of p, which no student can
-    change, the gradient is the same, and 0 means agreement. A temperature T divides the logits, so that p also ranks
-    the classes it rules out, and multiplies the loss by T^2, so that gradients keep their size (Hinton et al., 2015).
+    change, the gradient is the same, and 0 means agreement. A temperature T divides the logits, so that unlikely
+    classes count for more, and multiplies the loss by T^2, so that gradients keep their size (Hinton et al., 2015).
     Raises ValueError if shapes differ.
     """
     if student_logits.shape != teacher_logits.shape:
@@ -227,8 +227,7 @@ def distill_step(
     teacher, student: any networks from images (N, C, H, W) to logits (N, K) before softmax, alone or followed by
     features. Only L_a needs features, the teacher's: the input of its last layers. The teacher stays frozen.
     generator: any network from noise (N, generator.latent_dim) to images.
-    oh, alpha, beta: the weights of Eq. 7, where that of L_oh is 1. temperature: of kd_loss; Eq. 1 has 1, the fast
-    recipe below 4.
+    oh, alpha, beta: the weights of Eq. 7, where that of L_oh is 1. temperature: of kd_loss; Eq. 1 has 1.
 
     Returns the losses l_oh, l_a, l_ie and l_kd by name, and the images, all detached. Raises ValueError if outputs are
     not as above, L_a lacks features, a parameter of the student is frozen, or the optimizers are swapped.
@@ -329,7 +328,7 @@ class UpsampleConv2d(nn.Conv2d):
 DATASETS = {  # torchvision's class, number of classes, mean and std of each channel for pixels from 0 to 1
     "mnist": (datasets.MNIST, 10, (0.1307,), (0.3081,)),
     "cifar10": (datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),  # released: CIFAR-10's
 }
 RECIPE_NAMES = ("fast", "released")  # released: the authors' values and loop
 RECIPES = {  # by hyperparameter: least value, (fast, released) for mnist, for cifar10, for cifar100, help
@@ -375,7 +374,10 @@ def load_dataset(name, split, data_dir=Path(__file__).parent / "data", device="c
 
 
 def crop_and_flip(images):
-    """CIFAR's augmentation: shift each image (N, C, H, W) by up to 4 pixels, mirror each with probability 1/2."""
+    """CIFAR's augmentation: shift each image (N, C, H, W) by up to 4 pixels, mirror each with probability 1/2.
+
+    The margin has the mean colour; in the released code it is black.
+    """
     n, _, height, width = images.shape
     shifted = F.pad(images, (4, 4, 4, 4)).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 9, 9, H, W)
     row, column = torch.randint(9, (2, n), device=images.device)
@@ -515,7 +517,7 @@ def fit(stage, train_step, steps, parts, folder, test_set):
         with reading(checkpoint, "it is damaged, or of a run with other flags"):
             done = torch.load(checkpoint, map_location="cpu", weights_only=True)
             if done["step"] >= steps:
-                raise ValueError
+                raise ValueError("no step is left")
             for name, part in parts.items():
                 part.load_state_dict(done["parts"][name])
             torch.manual_seed(torch.initial_seed() + done["step"])  # a GPU goes on with other random numbers,
