@@ -6,8 +6,8 @@
 
 A trained classifier, the teacher, is all that is left; its training data are gone. A generator learns to draw images
 that the fixed teacher takes for its own data, and a smaller student learns to give the teacher's outputs on them. Then
-the student is tested on real images, none of which it has seen. Beyond the paper, by default it also learns from past
-images again, mixed and at a higher temperature, so that minutes do instead of hours.
+the student is tested on real images, none of which it has seen. Beyond the paper, the default replays past images to
+the student, mixed and at a higher temperature: minutes instead of hours.
 
     python dafl.py                       # MNIST: trains a teacher, then a student without data
     python dafl.py --recipe released     # the same with the authors' loop and values
@@ -52,7 +52,7 @@ def one_hot_loss(logits):
 def activation_loss(features):
     """L_a, Eq. 5: the teacher's features (N, D) should be strong, as real images make them.
 
-    The mean is over N and D, as in the released code, to whose scale alpha belongs; Eq. 5 sums over D.
+    The mean is over N and D, as released, and alpha is set for that; Eq. 5 sums over D.
     """
     return -features.abs().mean()
 
@@ -60,7 +60,7 @@ def activation_loss(features):
 def information_entropy_loss(logits):
     """L_ie, Eq. 6: a batch of the teacher's logits (N, K) should show all classes equally often.
 
-    From 0, a single class, to -log10 K: the released code's scale, to which beta belongs; Eq. 6 has a factor 1/K.
+    From 0 for one class alone to -log10 K at best, as released, and beta is set for that; Eq. 6 has a factor 1/K.
     """
     p = logits.softmax(1).mean(0)
     return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log10()).sum()  # 0 log 0 is 0
@@ -73,13 +73,13 @@ def classify(network, images):
 
 
 def distill_step(teacher, student, generator, optimizer_g, optimizer_s, z, *, oh=1, alpha=0.1, beta=5, temperature=1):
-    """One step of Algorithm 1 on noise z (N, latent_dim): one update of the generator, then one of the student.
+    """One iteration of Algorithm 1 on noise z (N, latent_dim): an update of the generator, then one of the student.
 
     teacher, student: modules from images (N, C, H, W) to logits (N, K), before any softmax, or to (logits, features);
     only L_a needs features (N, D), the teacher's: the input of its last layers. generator: any module from z to images.
-    oh, alpha, beta: the weights in Eq. 7, where that of L_oh is 1.
+    oh, alpha, beta: the weights of the losses in Eq. 7, which has no oh.
 
-    Returns the losses by name and the images, all detached. Raises ValueError if L_a lacks features.
+    Freezes the teacher. Returns the losses by name and the images, all detached. ValueError if L_a lacks features.
     """
     teacher.eval().requires_grad_(False)
     student.train()
@@ -134,13 +134,14 @@ def classifier_step(network, optimizer, images, labels):
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2), then a 3x3 nn.Conv2d of padding 1, the same but with 2.25 times fewer products."""
+    """nn.Upsample(scale_factor=2) and a 3x3 nn.Conv2d of padding 1 as one layer, with 2.25 times fewer products."""
 
     def forward(self, x):
         # Each pixel becomes 2x2 equal ones, and each of these adds the mirrored kernel one place on: together 4x4.
         kernel = self.weight.flip(2, 3).transpose(0, 1)
         kernel = sum(F.pad(kernel, (right, 1 - right, down, 1 - down)) for down in (1, 0) for right in (1, 0))
-        return F.conv_transpose2d(x, kernel.contiguous(memory_format=torch.channels_last), self.bias, 2, padding=1)
+        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # see main
+        return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
@@ -238,14 +239,12 @@ class ResNet(nn.Module):
 
 # === 3. Beyond the paper =============================================================================================
 # Images are slow to generate and quick to learn from. So the student learns again from past ones, as in later work on
-# data-free distillation (Binici et al., WACV 2022, https://arxiv.org/abs/2108.05698), each time mixed in another way.
+# data-free distillation (Binici et al., WACV 2022, https://arxiv.org/abs/2108.05698), each time mixed in another way;
+# the teacher labels the mixture.
 
 
 def cutmix(images):
-    """CutMix (Yun et al., ICCV 2019): cut each image (N, C, H, W) along a random line; one side shows another image.
-
-    CutMix proper pastes rectangles and mixes the labels; here the teacher labels the mixture.
-    """
+    """Cut each image (N, C, H, W) along a random line; one side shows another. CutMix pastes rectangles (Yun, 2019)."""
     n, _, height, width = images.shape
     turns, offset = torch.rand(2, n, 1, 1, 1, device=images.device)
     angle = 2 * math.pi * turns
@@ -271,7 +270,7 @@ DATASETS = {  # torchvision's class, number of classes, mean and std of each cha
     "cifar10": (datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),  # released: CIFAR-10's
 }
-RECIPE_NAMES = ("fast", "released")  # released: the authors' values and loop; its steps are epochs of 120
+RECIPE_NAMES = ("fast", "released")  # released: the authors' values and loop; their epoch is 120 steps
 RECIPES = {  # by hyperparameter: least value, (fast, released) for mnist, for cifar10, for cifar100, help
     "steps": (1, (200, 24_000), (1_600, 240_000), (1_600, 240_000), "steps; each updates the student 1 + replay times"),
     "batch_size": (2, (128, 512), (128, 1_024), (128, 1_024), "images in a batch; more than there are classes"),
@@ -319,7 +318,7 @@ def evaluate(network, images, labels):
 
 
 def make_optimizer(network, lr, steps, recipe, milestones):
-    """Adam for a LeNet5, SGD for a ResNet, and the schedule of its rate; milestones are epochs / all epochs."""
+    """Adam for a LeNet5, SGD for a ResNet, and the schedule of its rate. Milestones: shares of the steps, for SGD."""
     if isinstance(network, LeNet5):
         optimizer, milestones = torch.optim.Adam(network.parameters(), lr), ()
     else:
@@ -347,11 +346,11 @@ def load_weights(network, path):
         nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
         network.load_state_dict(state)
     except Exception as error:  # torch raises many kinds
-        raise OSError(f"cannot use {path} as a {type(network).__name__}'s state dict: {error}") from error
+        raise OSError(f"{path} is no state dict of this {type(network).__name__}: {str(error)[:200]}") from error
 
 
 def training_loop(stage, steps, parts, folder):
-    """Yield 1 to `steps`, but go on after the folder's checkpoint of this stage, if there is one; write one at times.
+    """Yield 1 to `steps`, but go on after the folder's checkpoint of this stage, if any; write one now and then.
 
     parts: all that training changes, by name: networks, optimizers, schedules, tensors.
     """
@@ -371,13 +370,13 @@ def training_loop(stage, steps, parts, folder):
             states = {name: x if isinstance(x, torch.Tensor) else x.state_dict() for name, x in parts.items()}
             save(states | {"step": step, "log": log.read_text(), "rng": torch.get_rng_state()}, checkpoint)
             saved_at = now
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and step < steps:
             minutes, seconds = divmod(round((now - started_at) / (step - done) * (steps - step)), 60)
             print(f"{stage} {step:6,} of {steps:,}  {minutes}:{seconds:02} left", end="   \r", flush=True)
 
 
 def report(stage, step, steps, losses, network, test_set, folder):
-    """Losses and test accuracy of the first step and each tenth of them, on the screen and in the stage's CSV file."""
+    """Losses and test accuracy, after step 1 and each 10% of the steps, on the screen and in the stage's CSV file."""
     if step > 1 and 10 * step % steps >= 10:
         return
     row = {"step": step} | {name: loss.item() for name, loss in losses.items()}
@@ -492,7 +491,8 @@ def main(argv=None):
         pixel_range = black_to_white if mnist and fast else (-math.inf, math.inf)
         generator = Generator(args.latent_dim, len(mean), 32, pixel_range).to(device, memory_format=layout)
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)  # at a constant rate
-        past = torch.zeros(max(1, 25_600 // n), n, *image_shape, device=device).half()  # the latest batches
+        slots = max(1, 25_600 // n) if args.replay else 0  # for the latest 25,600 images, whole batches of them
+        past = torch.zeros(slots, n, *image_shape, device=device, dtype=torch.half)
         parts |= {"generator": generator, "optimizer_g": optimizer_g, "past": past}
     options = {"oh": args.oh, "alpha": args.alpha, "beta": args.beta, "temperature": args.temperature}
     for step in training_loop("student", steps, parts, folder):
