@@ -6,8 +6,8 @@
 
 A trained classifier, the teacher, is all that is left; its training data are gone. A generator learns to draw images
 that the fixed teacher takes for its own data, and a smaller student learns to give the teacher's outputs on them. Then
-the student is tested on real images, none of which it has seen. Beyond the paper, the default replays past images to
-the student, mixed and at a higher temperature: minutes instead of hours.
+the student is tested on real images, none of which it has seen. Beyond the paper, the default replays mixed past images
+to the student, at a higher temperature: minutes instead of hours.
 
     python dafl.py                       # MNIST: trains a teacher, then a student without data
     python dafl.py --recipe released     # the same with the authors' loop and values
@@ -77,7 +77,7 @@ def distill_step(teacher, student, generator, optimizer_g, optimizer_s, z, *, oh
 
     teacher, student: modules from images (N, C, H, W) to logits (N, K), before any softmax, or to (logits, features);
     only L_a needs features (N, D), the teacher's: the input of its last layers. generator: any module from z to images.
-    oh, alpha, beta: the weights of the losses in Eq. 7, which has no oh.
+    oh, alpha, beta: the weights in Eq. 7, where oh is 1.
 
     Freezes the teacher. Returns the losses by name and the images, all detached. ValueError if L_a lacks features.
     """
@@ -98,7 +98,7 @@ def distill_step(teacher, student, generator, optimizer_g, optimizer_s, z, *, oh
     l_total.backward()
     optimizer_g.step()
 
-    # Module 2: the student, on the same images, as in the released code; the paper's Algorithm 1 draws new ones
+    # Module 2: the student, on the same images, as released; the paper's Algorithm 1 draws new ones
     images = images.detach()
     l_kd = kd_loss(classify(student, images)[0], logits.detach(), temperature)
     optimizer_s.zero_grad()
@@ -140,7 +140,7 @@ class UpsampleConv2d(nn.Conv2d):
         # Each pixel becomes 2x2 equal ones, and each of these adds the mirrored kernel one place on: together 4x4.
         kernel = self.weight.flip(2, 3).transpose(0, 1)
         kernel = sum(F.pad(kernel, (right, 1 - right, down, 1 - down)) for down in (1, 0) for right in (1, 0))
-        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # see main
+        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # as in main
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
@@ -304,7 +304,7 @@ def load_dataset(name, split, device="cpu"):
 
 
 def random_batch(images, labels, n):
-    """n of the images and labels, drawn with replacement: an epoch is as many as the set has, not each once."""
+    """n of the images and labels, drawn with replacement."""
     picked = torch.randint(len(images), (n,), device=images.device)
     return images[picked], labels[picked]
 
@@ -405,7 +405,7 @@ def save_picture(path, generator, teacher, noise, num_classes):
 
 
 def parse_args(argv=None):
-    """The command line as a namespace. Exits with 2 and a sentence on a mistake."""
+    """The command line as a namespace."""
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     images = ("generator", "noise", "real", "labels")
     parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
