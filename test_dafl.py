@@ -277,4 +277,4 @@ def test_readme_commands_parse_and_its_block_distils_a_teacher_of_ones_own():
     assert all(dafl.parse_args(x) for x in commands if x[0] not in ("--index-url", "--resume")) and len(commands) >= 5
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     result = subprocess.run([sys.executable, "-c", block], cwd=HERE, capture_output=True, text=True, check=False)
-    assert re.search(r"teacher [89]\d\.\d+%, student [89]\d\.\d+%\n", result.stdout), result.stderr
+    assert re.search(r"teacher [89]\d\.\d+%\nstudent [89]\d\.\d+%\n", result.stdout), result.stderr
