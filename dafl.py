@@ -4,19 +4,23 @@
 # ///
 """Data-Free Learning of Student Networks (Chen et al., ICCV 2019, https://arxiv.org/abs/1904.01186) in one file.
 
-A trained classifier, the teacher, is all that is left; its training data are gone. A generator learns to draw images
-that the fixed teacher takes for its own data, and a smaller student learns to give the teacher's outputs on them. Then
-the student is tested on real images, none of which it has seen. Beyond the paper, the default replays mixed past images
-to the student, at a higher temperature: minutes instead of hours.
+You have a trained classifier, the teacher, but its training data are gone. A generator learns to generate images that
+the teacher classifies with confidence, and a smaller student learns to match the teacher's outputs on these images.
+In the end the student is tested on real images, which it has never seen.
 
-    python dafl.py                       # MNIST: trains a teacher, then a student without data
-    python dafl.py --recipe released     # the same with the authors' loop and values
-    python dafl.py --help                # every flag with its defaults
+In this file, "released" means the code that the authors published (https://github.com/huawei-noah/Efficient-Computing).
+The default is not the released recipe but a faster one. Sections 3 and 4 list every difference between the two.
+
+    python dafl.py                       # trains a teacher on MNIST, then a student without data, in minutes
+    python dafl.py --recipe released     # does the same with the released loop and values, in hours
+    python dafl.py --resume FOLDER       # continues a run that was stopped
+    python dafl.py --help                # explains every flag
 """
 
 import argparse
 import json
 import math
+import random
 import sys
 import time
 from pathlib import Path
@@ -29,66 +33,74 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
-# === 1. The method: Eqs. 1 to 7 and Algorithm 1 ======================================================================
+# === 1. The method: Eq. 1, Eqs. 4 to 7 and one iteration of Algorithm 1 ==============================================
 
 
 def kd_loss(student_logits, teacher_logits, temperature=1):
-    """L_KD, Eq. 1: the student's softmax q should be the teacher's, p. Logits (N, K); ValueError if shapes differ.
+    """L_KD, Eq. 1: the student's softmax q should match the teacher's softmax p. Both inputs are logits (N, K).
 
-    Eq. 1 is their cross-entropy; the KL divergence has the same gradient and is 0 when they agree. A temperature T
-    lets unlikely classes count for more, and T^2 keeps the gradients' size (Hinton et al., 2015).
+    Eq. 1 is the cross-entropy of p and q. Like the released code, we use their KL divergence: it gives the student the
+    same gradient and is 0 when q equals p. A temperature above 1 gives unlikely classes more weight, and its
+    square keeps the gradients at the same scale (Hinton et al., 2015). Raises ValueError if the shapes differ.
     """
-    if student_logits.shape != teacher_logits.shape:  # (N, 1) would broadcast in silence
+    if student_logits.shape != teacher_logits.shape:  # (N, 1) would silently broadcast to (N, K)
         raise ValueError(f"shapes differ: student {[*student_logits.shape]}, teacher {[*teacher_logits.shape]}")
-    log_q, p = (student_logits / temperature).log_softmax(1), (teacher_logits / temperature).softmax(1)
+    log_q = (student_logits / temperature).log_softmax(1)
+    p = (teacher_logits / temperature).softmax(1)
     return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
 
 def one_hot_loss(logits):
-    """L_oh, Eq. 4: the teacher should be sure of each image. Cross-entropy of its logits (N, K) and their argmax."""
+    """L_oh, Eq. 4: the teacher should be confident. This is the cross-entropy of its logits (N, K) and their argmax."""
     return F.cross_entropy(logits, logits.argmax(1))
 
 
 def activation_loss(features):
-    """L_a, Eq. 5: the teacher's features (N, D) should be strong, as real images make them.
+    """L_a, Eq. 5: the teacher's features (N, D) should be large, as they are for real images.
 
-    The mean is over N and D, as released, and alpha is set for that; Eq. 5 sums over D.
+    Like the released code, we take the mean over N and D, and alpha is chosen for that scale. Eq. 5 sums over D.
     """
     return -features.abs().mean()
 
 
 def information_entropy_loss(logits):
-    """L_ie, Eq. 6: a batch of the teacher's logits (N, K) should show all classes equally often.
+    """L_ie, Eq. 6: the teacher's softmax, averaged over a batch of logits (N, K), should be the same for all classes.
 
-    From 0 for one class alone to -log10 K at best, as released, and beta is set for that; Eq. 6 has a factor 1/K.
+    The loss is 0 when all images fall into one class and -log10(K) when all classes are equally likely. Like the
+    released code, we take log10 and leave out the factor 1/K of Eq. 6, and beta is chosen for that scale.
     """
     p = logits.softmax(1).mean(0)
-    return (p * p.clamp_min(torch.finfo(p.dtype).tiny).log10()).sum()  # 0 log 0 is 0
+    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log10()  # clamped, because 0 * log10(0) would be NaN
+    return (p * log_p).sum()
 
 
-def classify(network, images):
-    """Logits (N, K) and features (N, D) of images (N, C, H, W); features are None if the network gives logits alone."""
-    out = network(images)
-    return out if isinstance(out, tuple) else (out, None)
+def logits_and_features(network, images):
+    """Run a network on images (N, C, H, W). If it returns logits only, the features are None."""
+    output = network(images)
+    return output if isinstance(output, tuple) else (output, None)
 
 
-def distill_step(teacher, student, generator, optimizer_g, optimizer_s, z, *, oh=1, alpha=0.1, beta=5, temperature=1):
-    """One iteration of Algorithm 1 on noise z (N, latent_dim): an update of the generator, then one of the student.
+def distill_step(teacher, generator, student, optimizer_g, optimizer_s, z, *, oh=1, alpha=0.1, beta=5, temperature=1):
+    """Run one iteration of Algorithm 1: update the generator, then the student. train_student repeats this.
 
-    teacher, student: modules from images (N, C, H, W) to logits (N, K), before any softmax, or to (logits, features);
-    only L_a needs features (N, D), the teacher's: the input of its last layers. generator: any module from z to images.
-    oh, alpha, beta: the weights in Eq. 7, where oh is 1.
+    z: noise (N, latent_dim). generator: any module that maps z to images (N, C, H, W).
+    teacher, student: modules that map images to logits (N, K), before any softmax, or to a tuple (logits, features).
+    features: the input of the teacher's first linear layer, (N, D). Only L_a needs them, and only from the teacher.
+    oh, alpha, beta: the weights of L_oh, L_a and L_ie. In Eq. 7 L_oh has no weight, which is the same as oh=1.
 
-    Freezes the teacher. Returns the losses by name and the images, all detached. ValueError if L_a lacks features.
+    Returns two values, both detached: a dict of the losses, and the images. The teacher's parameters get
+    requires_grad=False. Raises ValueError if the teacher returns no features and alpha is not 0.
     """
-    teacher.eval().requires_grad_(False)
-    student.train()
+    teacher.eval()
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
     generator.train()
+    student.train()
 
-    # Module 1: the generator
+    # Module 1: update the generator.
     images = generator(z)
-    logits, features = classify(teacher, images)
-    if features is None and alpha:
+    logits, features = logits_and_features(teacher, images)
+    if features is None and alpha != 0:
         raise ValueError("L_a needs features: return (logits, features) from the teacher, or set alpha to 0")
     l_oh = one_hot_loss(logits)
     l_a = torch.zeros_like(l_oh) if features is None else activation_loss(features)
@@ -98,9 +110,10 @@ def distill_step(teacher, student, generator, optimizer_g, optimizer_s, z, *, oh
     l_total.backward()
     optimizer_g.step()
 
-    # Module 2: the student, on the same images, as released; the paper's Algorithm 1 draws new ones
+    # Module 2: update the student on the same images, like the released code. The paper generates new ones here.
     images = images.detach()
-    l_kd = kd_loss(classify(student, images)[0], logits.detach(), temperature)
+    student_logits, _ = logits_and_features(student, images)
+    l_kd = kd_loss(student_logits, logits.detach(), temperature)
     optimizer_s.zero_grad()
     l_kd.backward()
     optimizer_s.step()
@@ -108,12 +121,13 @@ def distill_step(teacher, student, generator, optimizer_g, optimizer_s, z, *, oh
 
 
 def kd_step(teacher, student, optimizer_s, images, temperature=1):
-    """Module 2 alone: one update of the student on any images (N, C, H, W). Returns the loss by name, detached."""
+    """Run Module 2 alone: update the student once on given images (N, C, H, W). Returns a dict with l_kd, detached."""
     teacher.eval()
     student.train()
     with torch.no_grad():
-        teacher_logits, _ = classify(teacher, images)
-    l_kd = kd_loss(classify(student, images)[0], teacher_logits, temperature)
+        teacher_logits, _ = logits_and_features(teacher, images)
+    student_logits, _ = logits_and_features(student, images)
+    l_kd = kd_loss(student_logits, teacher_logits, temperature)
     optimizer_s.zero_grad()
     l_kd.backward()
     optimizer_s.step()
@@ -121,9 +135,10 @@ def kd_step(teacher, student, optimizer_s, images, temperature=1):
 
 
 def classifier_step(network, optimizer, images, labels):
-    """One update on images (N, C, H, W) with labels (N,), as the teacher was trained. Returns the loss by name."""
+    """Update a classifier once on images (N, C, H, W) with labels (N,). Returns a dict with the loss, detached."""
     network.train()
-    loss = F.cross_entropy(classify(network, images)[0], labels)
+    logits, _ = logits_and_features(network, images)
+    loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -134,32 +149,32 @@ def classifier_step(network, optimizer, images, labels):
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2) and a 3x3 nn.Conv2d of padding 1 as one layer, with 2.25 times fewer products."""
+    """Computes nn.Upsample(scale_factor=2) and then a 3x3 convolution with padding 1, in 4/9 of the multiplications."""
 
     def forward(self, x):
-        # Each pixel becomes 2x2 equal ones, and each of these adds the mirrored kernel one place on: together 4x4.
+        # Upsampling makes blocks of 2x2 equal pixels, so each 3x3 window sees only 2x2 different ones. The weights that
+        # see the same pixel are summed first. With these sums, a transposed convolution with a 4x4 kernel gives the
+        # same result. PyTorch wants its kernel flipped and as (in, out, 4, 4).
         kernel = self.weight.flip(2, 3).transpose(0, 1)
-        kernel = sum(F.pad(kernel, (right, 1 - right, down, 1 - down)) for down in (1, 0) for right in (1, 0))
-        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # as in main
+        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # sums of 2x2 neighbours
+        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # why: see main
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
-class Generator(nn.Module):
-    """G, as released: noise z (N, latent_dim) to images (N, channels, image_size, image_size); 4 divides that size.
+class Generator(nn.Sequential):
+    """The released generator. It maps noise z (N, latent_dim) to images (N, channels, image_size, image_size).
 
-    The last BatchNorm gives each channel mean 0 and variance 1 over a batch, as normalised data have. Beyond the paper,
-    pixels can then be clamped to a range: without it some seeds draw black digits on white, which the losses permit.
+    image_size must be a multiple of 4. Never call eval() on a generator: in training mode its last BatchNorm gives each
+    channel mean 0 and variance 1 over the batch, and normalised real images have the same.
     """
 
-    def __init__(self, latent_dim=100, channels=1, image_size=32, pixel_range=(-math.inf, math.inf)):
-        super().__init__()
-        self.pixel_range = pixel_range
-        self.layers = nn.Sequential(
+    def __init__(self, latent_dim=100, channels=1, image_size=32):
+        super().__init__(
             nn.Linear(latent_dim, 128 * (image_size // 4) ** 2),
             nn.Unflatten(1, (128, image_size // 4, image_size // 4)),  # (N, 128, 8, 8)
             nn.BatchNorm2d(128),
             UpsampleConv2d(128, 128, 3),  # (N, 128, 16, 16)
-            nn.BatchNorm2d(128, eps=0.8),  # 0.8 as released
+            nn.BatchNorm2d(128, eps=0.8),  # 0.8 is the released value
             nn.LeakyReLU(0.2, inplace=True),
             UpsampleConv2d(128, 64, 3),  # (N, 64, 32, 32)
             nn.BatchNorm2d(64, eps=0.8),
@@ -169,14 +184,11 @@ class Generator(nn.Module):
             nn.BatchNorm2d(channels, affine=False),
         )
 
-    def forward(self, z):
-        return self.layers(z).clamp(*self.pixel_range)
-
 
 class LeNet5(nn.Module):
-    """LeNet-5 of Table 1: the teacher at width 1 (61,706 parameters), the student at width 0.5 (15,738).
+    """LeNet-5 of Table 1. The teacher has width 1 (61,706 parameters) and the student width 0.5 (15,738).
 
-    Images (N, 1, 32, 32) to logits (N, num_classes) and features (N, 120 * width), the input of the last two layers.
+    Maps images (N, 1, 32, 32) to logits (N, num_classes) and features (N, 120 * width).
     """
 
     def __init__(self, num_classes=10, width=1.0):
@@ -189,7 +201,7 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, images):  # (N, 1, 32, 32)
-        x = F.max_pool2d(self.conv1(images), 2).relu()  # (N, 6, 14, 14)
+        x = F.max_pool2d(self.conv1(images), 2).relu()  # (N, 6, 14, 14); to pool before the ReLU is faster
         x = F.max_pool2d(self.conv2(x), 2).relu()  # (N, 16, 5, 5)
         features = self.conv3(x).relu().flatten(1)  # (N, 120)
         return self.fc2(self.fc1(features).relu()), features
@@ -198,13 +210,13 @@ class LeNet5(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al., CVPR 2016): (N, C, H, W) to (N, C', H / stride, W / stride)."""
 
-    def __init__(self, in_channels, channels, stride):
+    def __init__(self, in_channels, channels, stride=1):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()  # the identity
+        self.shortcut = nn.Sequential()  # empty, it is the identity
         if stride != 1 or in_channels != channels:
             self.shortcut.extend([nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)])
 
@@ -213,22 +225,28 @@ class BasicBlock(nn.Module):
         return (self.bn2(self.conv2(out)) + self.shortcut(x)).relu()
 
 
-class ResNet(nn.Module):
-    """ResNet in its CIFAR form, as released: blocks (3, 4, 6, 3) for ResNet-34, (2, 2, 2, 2) for ResNet-18.
+def basic_blocks(count, in_channels, channels, stride):
+    """Chain `count` BasicBlocks, of which only the first one has this stride and this number of input channels."""
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(count - 1)))
 
-    Images (N, 3, 32, 32) to logits (N, num_classes) and features (N, 512 * width), the input of the last layer.
+
+class ResNet(nn.Module):
+    """The released ResNet for CIFAR. blocks is (3, 4, 6, 3) for ResNet-34 and (2, 2, 2, 2) for ResNet-18.
+
+    Maps images (N, 3, 32, 32) to logits (N, num_classes) and features (N, 512 * width).
     """
 
     def __init__(self, blocks, num_classes=10, width=1.0):
         super().__init__()
-        channels = [round(width * c) for c in (64, 64, 128, 256, 512)]
-        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels[0])
-        for i, stride in enumerate((1, 2, 2, 2)):
-            first = BasicBlock(channels[i], channels[i + 1], stride)
-            others = (BasicBlock(channels[i + 1], channels[i + 1], 1) for _ in range(blocks[i] - 1))
-            self.add_module(f"layer{i + 1}", nn.Sequential(first, *others))
-        self.linear = nn.Linear(channels[-1], num_classes)
+        c1, c2, c3, c4 = (round(width * channels) for channels in (64, 128, 256, 512))
+        self.conv1 = nn.Conv2d(3, c1, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c1)
+        self.layer1 = basic_blocks(blocks[0], c1, c1, stride=1)
+        self.layer2 = basic_blocks(blocks[1], c1, c2, stride=2)
+        self.layer3 = basic_blocks(blocks[2], c2, c3, stride=2)
+        self.layer4 = basic_blocks(blocks[3], c3, c4, stride=2)
+        self.linear = nn.Linear(c4, num_classes)
 
     def forward(self, images):  # (N, 3, 32, 32)
         x = self.bn1(self.conv1(images)).relu()  # (N, 64, 32, 32)
@@ -238,42 +256,61 @@ class ResNet(nn.Module):
 
 
 # === 3. Beyond the paper =============================================================================================
-# Images are slow to generate and quick to learn from. So the student learns again from past ones, as in later work on
-# data-free distillation (Binici et al., WACV 2022, https://arxiv.org/abs/2108.05698), each time mixed in another way;
-# the teacher labels the mixture.
+# The fast recipe, which is the default, differs from the released one as follows:
+# - It replays past images. Generating images is slow and learning from them is fast, so the student also learns from
+#   past images, as in later work (Binici et al., WACV 2022, https://arxiv.org/abs/2108.05698). Two past images are cut
+#   and joined into a new one, and the teacher labels that one. On CIFAR, past images are also shifted and mirrored.
+# - On MNIST, a last layer clamps the generated pixels to the range from black to white.
+# - The learning rates of the teacher and the student rise at first and then fall to 0.
+# - Many values differ, such as the numbers of steps and the temperature of L_KD. RECIPES in section 4 lists them all.
+# Both recipes differ from the released code as follows:
+# - Batches of real images are sampled with replacement.
+# - The teacher's CIFAR images are shifted with a border of the mean colour instead of black.
+# - CIFAR-100 is normalised with its own mean and deviation instead of those of CIFAR-10.
+# - The student after the last step is the result, not the one with the best test accuracy.
+# Section 1 says where the released code, and with it this file, differs from the paper.
 
 
-def cutmix(images):
-    """Cut each image (N, C, H, W) along a random line; one side shows another. CutMix pastes rectangles (Yun, 2019)."""
+def cut_and_join(images):
+    """Cut each image (N, C, H, W) along a random line and replace one side with the same region of another image."""
     n, _, height, width = images.shape
-    turns, offset = torch.rand(2, n, 1, 1, 1, device=images.device)
-    angle = 2 * math.pi * turns
+    angle = 2 * math.pi * torch.rand(n, 1, 1, 1, device=images.device)
+    distance = torch.rand(n, 1, 1, 1, device=images.device) - 0.5  # from the centre to the line
     y = torch.linspace(-1, 1, height, device=images.device)[:, None]
     x = torch.linspace(-1, 1, width, device=images.device)
-    own = x * angle.cos() + y * angle.sin() > offset - 0.5  # a line less than 0.5 from the centre (0, 0)
-    return torch.where(own, images, images[torch.randperm(n, device=images.device)])
+    keep = x * angle.cos() + y * angle.sin() > distance  # (N, 1, H, W)
+    return torch.where(keep, images, images[torch.randperm(n, device=images.device)])
 
 
 def crop_and_flip(images):
-    """Shift each image (N, C, 32, 32) by up to 4 pixels, mirror half of them. The margin is grey (released: black)."""
-    n = len(images)
-    shifted = F.pad(images, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # (N, C, 9, 9, 32, 32)
+    """Shift each image (N, C, H, W) by up to 4 pixels and mirror half of the images. Only CIFAR needs this."""
+    n, _, height, width = images.shape
+    crops = F.pad(images, (4, 4, 4, 4)).unfold(2, height, 1).unfold(3, width, 1)  # all shifts: (N, C, 9, 9, H, W)
     row, column = torch.randint(9, (2, n), device=images.device)
-    images = shifted[torch.arange(n, device=images.device), :, row, column]
-    return torch.where(torch.rand(n, 1, 1, 1, device=images.device) < 0.5, images, images.flip(3))
+    images = crops[torch.arange(n, device=images.device), :, row, column]  # (N, C, H, W)
+    return torch.where(torch.rand(n, 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
 
 
-# === 4. The experiments of Section 4: data sets and recipes ==========================================================
+def replay_batches(past, count, augment):
+    """Pick images from B past batches (B, N, C, H, W), then cut and join them to `count` new batches (N, C, H, W)."""
+    n = past.shape[1]
+    images = past.flatten(0, 1)
+    picked = torch.randint(len(images), (count * n,), device=past.device)
+    images = augment(images[picked].float())
+    return cut_and_join(images).split(n)
 
-DATASETS = {  # torchvision's class, number of classes, mean and std of each channel for pixels from 0 to 1
+
+# === 4. The paper's experiments: data sets and recipes ===============================================================
+
+DATASETS = {  # the torchvision data set, the number of classes, and the mean and deviation of each colour channel
     "mnist": (datasets.MNIST, 10, (0.1307,), (0.3081,)),
     "cifar10": (datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),  # released: CIFAR-10's
+    "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-RECIPE_NAMES = ("fast", "released")  # released: the authors' values and loop; their epoch is 120 steps
-RECIPES = {  # by hyperparameter: least value, (fast, released) for mnist, for cifar10, for cifar100, help
-    "steps": (1, (200, 24_000), (1_600, 240_000), (1_600, 240_000), "steps; each updates the student 1 + replay times"),
-    "batch_size": (2, (128, 512), (128, 1_024), (128, 1_024), "images in a batch; more than there are classes"),
+RECIPES = {
+    # flag: (minimum, (fast, released) for MNIST, the same for CIFAR-10, the same for CIFAR-100, help)
+    "steps": (1, (200, 24_000), (1_600, 240_000), (1_600, 240_000), "iterations of Algorithm 1"),
+    "batch_size": (2, (128, 512), (128, 1_024), (128, 1_024), "batch size, which should exceed the number of classes"),
     "latent_dim": (1, (100, 100), (256, 1_000), (256, 1_000), "length of the noise z"),
     "lr_g": (0.0, (0.01, 0.2), (0.001, 0.02), (0.001, 0.02), "learning rate of the generator"),
     "lr_s": (0.0, (0.01, 0.002), (0.1, 0.1), (0.1, 0.1), "learning rate of the student"),
@@ -281,21 +318,23 @@ RECIPES = {  # by hyperparameter: least value, (fast, released) for mnist, for c
     "alpha": (0.0, (0.1, 0.1), (0.01, 0.01), (0.1, 0.1), "weight of L_a, Eq. 5"),
     "beta": (0.0, (5.0, 5.0), (5.0, 5.0), (20.0, 20.0), "weight of L_ie, Eq. 6"),
     "temperature": (0.001, (4.0, 1.0), (4.0, 1.0), (4.0, 1.0), "temperature of L_KD"),
-    "replay": (0, (24, 0), (4, 0), (4, 0), "batches of past images that a step replays"),
-    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "width of the teacher (MNIST's student: half of it)"),
+    "replay": (0, (24, 0), (4, 0), (4, 0), "updates of the student on past images in each iteration"),
+    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "factor on all channels, halved for MNIST's student"),
     "teacher_epochs": (1, (5, 9), (10, 199), (10, 199), "epochs of the teacher"),
-    "teacher_batch_size": (2, (256, 256), (128, 128), (128, 128), "images in a batch of the teacher's"),
+    "teacher_batch_size": (2, (256, 256), (128, 128), (128, 128), "batch size of the teacher"),
     "teacher_lr": (0.0, (0.003, 0.001), (0.1, 0.1), (0.1, 0.1), "learning rate of the teacher"),
 }
-CHECKPOINT_SECONDS = 30
+PAST_BATCHES = 200  # how many of the latest generated batches are kept for replay
+CHECKPOINT_SECONDS = 30  # how often a run saves its state
 
 
 def load_dataset(name, split, device="cpu"):
-    """The "train" or "test" split: normalised images (N, C, 32, 32) and labels (N,). OSError if it cannot be had."""
-    (source, _, mean, std), folder = DATASETS[name], Path(__file__).parent / "data"
+    """Return normalised images (N, C, 32, 32) and labels (N,) of the "train" or "test" split, or raise OSError."""
+    source, _, mean, std = DATASETS[name]
+    folder = Path(__file__).parent / "data"
     try:
-        dataset = source(folder, train={"train": True, "test": False}[split], download=True)
-    except RuntimeError as error:  # torchvision's
+        dataset = source(folder, train=split == "train", download=True)
+    except RuntimeError as error:
         raise OSError(f"cannot read or download {name} in {folder}: {error}") from error
     images = torch.as_tensor(dataset.data)  # uint8 (N, 28, 28) or (N, 32, 32, 3)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
@@ -303,88 +342,90 @@ def load_dataset(name, split, device="cpu"):
     return TF.normalize(images, mean, std), torch.as_tensor(dataset.targets, device=device)
 
 
-def random_batch(images, labels, n):
-    """n of the images and labels, drawn with replacement."""
-    picked = torch.randint(len(images), (n,), device=images.device)
-    return images[picked], labels[picked]
-
-
 @torch.no_grad()
 def evaluate(network, images, labels):
-    """Accuracy in [0, 1] of a classifier on normalised images (N, C, H, W) with labels (N,)."""
+    """Return a classifier's accuracy in [0, 1] on images (N, C, H, W) with labels (N,). Leaves it in eval mode."""
     network.eval()
-    answers = torch.cat([classify(network, batch)[0].argmax(1) for batch in images.split(500)])
-    return (answers == labels).float().mean().item()
+    predictions = torch.cat([logits_and_features(network, batch)[0].argmax(1) for batch in images.split(500)])
+    return (predictions == labels.view_as(predictions)).sum().item() / len(labels)
 
 
 def make_optimizer(network, lr, steps, recipe, milestones):
-    """Adam for a LeNet5, SGD for a ResNet, and the schedule of its rate. Milestones: shares of the steps, for SGD."""
+    """Return Adam for a LeNet-5 or SGD for any other network, and the schedule of its learning rate.
+
+    milestones: the epochs after which the released recipe divides SGD's rate by 10, as fractions of all epochs.
+    """
     if isinstance(network, LeNet5):
-        optimizer, milestones = torch.optim.Adam(network.parameters(), lr), ()
+        optimizer = torch.optim.Adam(network.parameters(), lr)
+        milestones = ()  # the released rate of Adam is constant
     else:
         optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    if recipe == "released":  # down to a tenth at each milestone
-        return optimizer, MultiStepLR(optimizer, [round(share * steps) for share in milestones])
-    # The lower of two lines: up to the full rate in a sixth of the steps, and from there down to 0 at their end.
-    return optimizer, LambdaLR(optimizer, lambda step: min(6 * (step + 1) / steps, 1.2 * (1 - step / steps)))
+    if recipe == "released":
+        return optimizer, MultiStepLR(optimizer, [round(fraction * steps) for fraction in milestones], gamma=0.1)
+    # The rate rises linearly in the first sixth of the steps and then falls linearly to 0.
+    return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / steps * 6, (1 - step / steps) * 6 / 5))
 
 
-# === 5. Runs: a folder each, with the networks, a CSV file for each stage, a picture, and checkpoints =================
+# === 5. Runs: each has a folder with its networks, a CSV file for each stage, a picture and checkpoints ==============
 
 
 def save(content, path):
-    """torch.save, whole or not at all."""
-    torch.save(content, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    """Save with torch.save, but into a temporary file first, so that an interruption leaves no broken file."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    temporary.replace(path)
 
 
 def load_weights(network, path):
-    """Read a network's state dict from a file, in place. Raises OSError if the file holds anything else."""
+    """Load a state dict and drop the prefixes of DataParallel and torch.compile. Raises OSError on failure."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
+        state = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
         network.load_state_dict(state)
-    except Exception as error:  # torch raises many kinds
-        raise OSError(f"{path} is no state dict of this {type(network).__name__}: {str(error)[:200]}") from error
+    except Exception as error:  # torch raises many types; their messages end with the cause
+        raise OSError(f"cannot load {path} as weights of {type(network).__name__}: {str(error)[-300:]}") from error
 
 
-def training_loop(stage, steps, parts, folder):
-    """Yield 1 to `steps`, but go on after the folder's checkpoint of this stage, if any; write one now and then.
+def training_loop(stage, steps, seed, parts, folder):
+    """Yield 1, 2, ... `steps`. If the folder holds a checkpoint of the stage, yield only the steps that are left.
 
-    parts: all that training changes, by name: networks, optimizers, schedules, tensors.
+    stage: "teacher" or "student". parts: a dict of everything that training changes: networks, optimizers, schedules
+    and tensors. A checkpoint holds them and the stage's CSV file, which report writes. Each step has a random seed of
+    its own, so a resumed run draws the same numbers as an unbroken one.
     """
-    checkpoint, log, done = folder / f"{stage}-checkpoint.pt", folder / f"{stage}.csv", 0
+    checkpoint, log = folder / f"{stage}-checkpoint.pt", folder / f"{stage}.csv"
+    done = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         for name, part in parts.items():
-            part.copy_(saved[name]) if isinstance(part, torch.Tensor) else part.load_state_dict(saved[name])
+            if isinstance(part, torch.Tensor):
+                part.copy_(saved[name])
+            else:
+                part.load_state_dict(saved[name])
         done = saved["step"]
-        log.write_text(saved["log"])  # without rows of later steps, which come again
-        torch.set_rng_state(saved["rng"])  # a CPU goes on with the very same random numbers
-    started_at = saved_at = time.monotonic()
+        log.write_text(saved["log"])  # this drops the rows of later steps, which will run again
+    saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
-        yield step
-        now = time.monotonic()
-        if now - saved_at >= CHECKPOINT_SECONDS:
+        random.seed(f"{seed} {stage} {step}")  # makes one number of the three
+        torch.manual_seed(random.getrandbits(63))
+        yield step  # the body of the caller's loop runs here
+        if time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
             states = {name: x if isinstance(x, torch.Tensor) else x.state_dict() for name, x in parts.items()}
-            save(states | {"step": step, "log": log.read_text(), "rng": torch.get_rng_state()}, checkpoint)
-            saved_at = now
-        if sys.stdout.isatty() and step < steps:
-            minutes, seconds = divmod(round((now - started_at) / (step - done) * (steps - step)), 60)
-            print(f"{stage} {step:6,} of {steps:,}  {minutes}:{seconds:02} left", end="   \r", flush=True)
+            save(states | {"step": step, "log": log.read_text()}, checkpoint)
+            saved_at = time.monotonic()
 
 
 def report(stage, step, steps, losses, network, test_set, folder):
-    """Losses and test accuracy, after step 1 and each 10% of the steps, on the screen and in the stage's CSV file."""
-    if step > 1 and 10 * step % steps >= 10:
+    """Print the losses and the test accuracy about ten times a stage, and append them to the stage's CSV file."""
+    if not (step in (1, steps) or step % math.ceil(steps / 10) == 0):
         return
     row = {"step": step} | {name: loss.item() for name, loss in losses.items()}
     if not all(map(math.isfinite, row.values())):
-        raise FloatingPointError(f"step {step:,} of the {stage} is not finite: too high a rate, or a bad teacher")
+        raise FloatingPointError(f"a loss of the {stage} is not finite at step {step:,}: try lower learning rates")
     row["accuracy"] = evaluate(network, *test_set)
-    shown = "".join(f"  {name} {row[name]:6.3f}" for name in losses)
-    print(f"{stage} {step:6,}{shown}  accuracy {row['accuracy']:6.2%}", flush=True)
+    values = "".join(f"  {name} {row[name]:6.3f}" for name in losses)
+    print(f"{time.strftime('%H:%M:%S')} {stage} {step:6,}{values}  accuracy {row['accuracy']:6.2%}", flush=True)
     with (folder / f"{stage}.csv").open("w" if step == 1 else "a") as file:
         if step == 1:
             print(*row, sep=",", file=file)
@@ -393,139 +434,169 @@ def report(stage, step, steps, losses, network, test_set, folder):
 
 @torch.no_grad()
 def save_picture(path, generator, teacher, noise, num_classes):
-    """A column for each class, as the teacher sees it: the mean generated image (Figure 2), then seven of them."""
+    """Save a column per class: the mean of all images that the teacher assigns to it (Figure 2), then seven of them."""
     images = torch.cat([generator(z) for z in noise.split(500)])
-    classes = torch.cat([classify(teacher, batch)[0].argmax(1) for batch in images.split(500)])
-    columns, black = [], torch.zeros_like(images[:7])  # where a class has too few
+    predictions = torch.cat([logits_and_features(teacher, batch)[0].argmax(1) for batch in images.split(500)])
+    picture = images.new_zeros(8, num_classes, *images.shape[1:])  # black where images are missing
     for k in range(num_classes):
-        drawn = images[classes == k]
-        columns.append(torch.cat([drawn.mean(0, True).nan_to_num(), drawn, black])[:8])
-    rows = torch.stack(columns, 1).flatten(0, 1)
-    save_image(rows, path, nrow=num_classes, normalize=True, scale_each=True, pad_value=0.5)
+        members = images[predictions == k]
+        if len(members) > 0:
+            column = torch.cat([members.mean(0, keepdim=True), members[:7]])
+            picture[: len(column), k] = column
+    save_image(picture.flatten(0, 1), path, nrow=num_classes, normalize=True, scale_each=True, pad_value=0.5)
 
 
-def parse_args(argv=None):
-    """The command line as a namespace."""
-    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    images = ("generator", "noise", "real", "labels")
-    parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
-    add = parser.add_argument
-    add("--dataset", help="what the teacher knows", choices=DATASETS, default="mnist")
-    add("--recipe", help="sets the values below and the schedules", choices=RECIPE_NAMES, default="fast")
-    add("--images", help="what the student learns from, see Table 1", choices=images, default="generator")
-    add("--teacher", help="state dict of a teacher, so that none is trained", metavar="FILE")
-    add("--seed", help="seed of everything random", type=int, default=0, metavar="int")
-    add("--device", help="where to compute", choices=devices, default=devices[0])
-    add("--resume", help="go on with the stopped run in FOLDER, with its flags", metavar="FOLDER")
-    for name, (least, *pairs, text) in RECIPES.items():
-        values = ", ".join(f"{dataset} {fast:g} / {released:g}" for dataset, (fast, released) in zip(DATASETS, pairs))
-        add("--" + name.replace("_", "-"), help=f"{text} ({values})", type=type(least), metavar=type(least).__name__)
-    args = parser.parse_args(argv)
-    if args.resume:
-        if Path(args.resume, "student.pt").exists():
-            parser.error(f"argument --resume: the run in {args.resume} is finished")
-        stopped = json.loads(Path(args.resume, "args.json").read_text())
-        args = parser.parse_args(argv, argparse.Namespace(**stopped))  # what is typed now wins
-    for name, (least, *pairs, _) in RECIPES.items():
-        if getattr(args, name) is None:
-            setattr(args, name, dict(zip(DATASETS, pairs))[args.dataset][RECIPE_NAMES.index(args.recipe)])
-        if not least <= getattr(args, name) < math.inf:
-            parser.error(f"argument --{name.replace('_', '-')}: must be at least {least}, not {getattr(args, name)}")
-    return args
+def train_teacher(teacher, args, test_set, folder):
+    """Train the teacher on real images. They are loaded here, so they are no longer in memory when this returns."""
+    images, labels = load_dataset(args.dataset, "train", args.device)
+    augment = nn.Identity() if args.dataset == "mnist" else crop_and_flip
+    steps = args.teacher_epochs * math.ceil(len(images) / args.teacher_batch_size)
+    optimizer, schedule = make_optimizer(teacher, args.teacher_lr, steps, args.recipe, (79 / 199, 119 / 199))
+    parts = {"teacher": teacher, "optimizer": optimizer, "schedule": schedule}
+    for step in training_loop("teacher", steps, args.seed, parts, folder):
+        indices = torch.randint(len(images), (args.teacher_batch_size,), device=args.device)
+        losses = classifier_step(teacher, optimizer, augment(images[indices]), labels[indices])
+        schedule.step()
+        report("teacher", step, steps, losses, teacher, test_set, folder)
 
 
-def main(argv=None):
-    """Run a command line: train a teacher, unless one is given, and a student. Returns the accuracy of both by name."""
-    args = parse_args(argv)
-    mnist, fast, device = args.dataset == "mnist", args.recipe == "fast", args.device
-    _, num_classes, mean, std = DATASETS[args.dataset]
-    augment = nn.Identity() if mnist else crop_and_flip
-    # On Apple GPUs BatchNorm's gradient is wrong in channels_last (github.com/pytorch/pytorch/issues/175189).
-    layout = torch.preserve_format if device == "mps" else torch.channels_last
-
-    torch.manual_seed(args.seed)
-    teacher = LeNet5(num_classes, args.width) if mnist else ResNet((3, 4, 6, 3), num_classes, args.width)
-    teacher.to(device, memory_format=layout)
-    test_set = load_dataset(args.dataset, "test", device)
-    name, number = f"runs/{args.dataset}-{args.recipe}-{args.images}-{args.seed}", 1
-    while Path(f"{name}-{number}").exists():
-        number += 1
-    folder = Path(args.resume or f"{name}-{number}")
-    teacher_file = folder / "teacher.pt" if (folder / "teacher.pt").exists() else args.teacher
-    if teacher_file:
-        load_weights(teacher, teacher_file)
-    if not teacher_file or args.images in ("real", "labels"):
-        train_set = load_dataset(args.dataset, "train", device)
-    if not args.resume:
-        folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    print(f"DAFL on {args.dataset}: {args.recipe} recipe, seed {args.seed}, {device}. If stopped: --resume {folder}")
-
-    # 1. The teacher
-    if not teacher_file:
-        steps = args.teacher_epochs * math.ceil(len(train_set[0]) / args.teacher_batch_size)
-        optimizer, schedule = make_optimizer(teacher, args.teacher_lr, steps, args.recipe, (79 / 199, 119 / 199))
-        parts = {"teacher": teacher, "optimizer": optimizer, "schedule": schedule}
-        for step in training_loop("teacher", steps, parts, folder):
-            images, labels = random_batch(*train_set, args.teacher_batch_size)
-            losses = classifier_step(teacher, optimizer, augment(images), labels)
-            schedule.step()
-            report("teacher", step, steps, losses, teacher, test_set, folder)
-    save(teacher.state_dict(), folder / "teacher.pt")
-    (folder / "teacher-checkpoint.pt").unlink(missing_ok=True)
-    accuracies = {"teacher": evaluate(teacher, *test_set)}
-    print(f"teacher accuracy {accuracies['teacher']:.2%}")
-    if args.images in ("generator", "noise"):
-        train_set = None  # gone
-
-    # 2. The student
-    torch.manual_seed(args.seed)  # again: the same student whether its teacher was trained or read
-    student = LeNet5(num_classes, args.width / 2) if mnist else ResNet((2, 2, 2, 2), num_classes, args.width)
-    student.to(device, memory_format=layout)
-    steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)  # as many updates
+def train_student(teacher, generator, student, args, test_set, folder):
+    """Train the student by Algorithm 1 or, with other images than generated ones, as a baseline of Table 1."""
+    device, batch_size, image_shape = args.device, args.batch_size, test_set[0].shape[1:]
+    augment = nn.Identity() if args.dataset == "mnist" else crop_and_flip
+    # A baseline gets as many updates of the student as Algorithm 1 with replay.
+    steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)
     optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, (800 / 2000, 1600 / 2000))
     parts = {"student": student, "optimizer_s": optimizer_s, "schedule": schedule}
-    n, image_shape = args.batch_size, test_set[0].shape[1:]
     if args.images == "generator":
-        black_to_white = [(pixel - mean[0]) / std[0] for pixel in (0, 1)]
-        pixel_range = black_to_white if mnist and fast else (-math.inf, math.inf)
-        generator = Generator(args.latent_dim, len(mean), 32, pixel_range).to(device, memory_format=layout)
-        optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)  # at a constant rate
-        slots = max(1, 25_600 // n) if args.replay else 0  # for the latest 25,600 images, whole batches of them
-        past = torch.zeros(slots, n, *image_shape, device=device, dtype=torch.half)
-        parts |= {"generator": generator, "optimizer_g": optimizer_g, "past": past}
+        optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)  # its rate stays constant
+        parts |= {"generator": generator, "optimizer_g": optimizer_g}
+        if args.replay:  # half precision saves memory
+            past = torch.zeros(PAST_BATCHES, batch_size, *image_shape, device=device, dtype=torch.half)
+            parts["past"] = past
+    elif args.images in ("real", "labels"):
+        real, labels = load_dataset(args.dataset, "train", device)
     options = {"oh": args.oh, "alpha": args.alpha, "beta": args.beta, "temperature": args.temperature}
-    for step in training_loop("student", steps, parts, folder):
-        if args.images == "generator":  # Algorithm 1, then replay of past images
-            z = torch.randn(n, args.latent_dim, device=device)
-            losses, images = distill_step(teacher, student, generator, optimizer_g, optimizer_s, z, **options)
+
+    for step in training_loop("student", steps, args.seed, parts, folder):
+        if args.images == "generator":  # Algorithm 1, then replay
+            z = torch.randn(batch_size, args.latent_dim, device=device)
+            losses, images = distill_step(teacher, generator, student, optimizer_g, optimizer_s, z, **options)
             if args.replay:
-                past[(step - 1) % len(past)] = images
-                kept = past[:step].flatten(0, 1)
-                picked = torch.randint(len(kept), (args.replay * n,), device=device)
-                for batch in cutmix(augment(kept[picked].float())).split(n):
+                past[(step - 1) % PAST_BATCHES] = images  # the newest batch takes the place of the oldest
+                for batch in replay_batches(past[: min(step, PAST_BATCHES)], args.replay, augment):
                     kd_step(teacher, student, optimizer_s, batch, args.temperature)
         elif args.images == "noise":
-            images = torch.randn(n, *image_shape, device=device)
+            images = torch.randn(batch_size, *image_shape, device=device)
             losses = kd_step(teacher, student, optimizer_s, images, args.temperature)
-        elif args.images == "real":  # the teacher, no labels
-            images, _ = random_batch(*train_set, n)
-            losses = kd_step(teacher, student, optimizer_s, augment(images), args.temperature)
-        else:  # the labels, no teacher
-            images, labels = random_batch(*train_set, n)
-            losses = classifier_step(student, optimizer_s, augment(images), labels)
+        else:
+            indices = torch.randint(len(real), (batch_size,), device=device)
+            images = augment(real[indices])
+            if args.images == "real":  # the teacher's outputs on real images, without their labels
+                losses = kd_step(teacher, student, optimizer_s, images, args.temperature)
+            else:  # the labels, without a teacher
+                losses = classifier_step(student, optimizer_s, images, labels[indices])
         schedule.step()
         report("student", step, steps, losses, student, test_set, folder)
 
-    # 3. The results
+
+def parse_args(argv=None):
+    """Parse the command line. Flags that are not given come from the recipe, or from the run to be resumed."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    devices = [device for device in available if available[device]]
+    images = ("generator", "noise", "real", "labels")
+    parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
+    add = parser.add_argument
+    add("--dataset", help="data set (default: mnist)", choices=DATASETS)
+    add("--recipe", help="which value of each pair below to use (default: fast)", choices=("fast", "released"))
+    add("--images", help="images to learn from (default: generator); else a baseline of Table 1", choices=images)
+    add("--teacher", help="state dict of a trained teacher; without it, one is trained", metavar="FILE")
+    add("--seed", help="random seed (default: 0)", type=int, metavar="NUMBER")
+    add("--device", help=f"device (default: {devices[0]}, or that of the run to be resumed)", choices=devices)
+    add("--resume", help="resume the run in FOLDER; only --device may be given with it", metavar="FOLDER")
+    for name, (minimum, mnist, cifar10, cifar100, text) in RECIPES.items():
+        help_text = f"{text}. (fast, released): MNIST {mnist}, CIFAR-10 {cifar10}, CIFAR-100 {cifar100}"
+        add("--" + name.replace("_", "-"), help=help_text, type=type(minimum), metavar="NUMBER")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+    if "resume" in given:
+        folder = Path(given["resume"])
+        if set(given) - {"resume", "device"}:
+            parser.error("argument --resume: only --device may be given with it")
+        if (folder / "student.pt").exists():
+            parser.error(f"argument --resume: the run in {folder} is finished")
+        stored = json.loads((folder / "args.json").read_text())
+        if stored["device"] not in devices:
+            stored["device"] = devices[0]
+        return argparse.Namespace(**(stored | given))
+
+    defaults = {"dataset": "mnist", "recipe": "fast", "images": "generator", "teacher": None, "seed": 0}
+    values = defaults | {"device": devices[0], "resume": None} | given
+    for name, (minimum, mnist, cifar10, cifar100, _) in RECIPES.items():
+        fast, released = {"mnist": mnist, "cifar10": cifar10, "cifar100": cifar100}[values["dataset"]]
+        values.setdefault(name, fast if values["recipe"] == "fast" else released)
+        if not minimum <= values[name] < math.inf:
+            parser.error(f"argument --{name.replace('_', '-')}: must be finite and at least {minimum}")
+    return argparse.Namespace(**values)
+
+
+def main(argv=None):
+    """Train a teacher, if one is needed and none is given, and then a student. Returns a dict of their accuracies."""
+    args = parse_args(argv)
+    start = time.monotonic()
+
+    # 1. The networks. Seeding again in between would start the student with the same weights as the teacher.
+    mnist = args.dataset == "mnist"
+    _, num_classes, mean, std = DATASETS[args.dataset]
+    torch.manual_seed(args.seed)
+    teacher = LeNet5(num_classes, args.width) if mnist else ResNet((3, 4, 6, 3), num_classes, args.width)
+    student = LeNet5(num_classes, args.width / 2) if mnist else ResNet((2, 2, 2, 2), num_classes, args.width)
+    generator = Generator(args.latent_dim, len(mean))
+    if mnist and args.recipe == "fast":  # clamp to [black, white]; to use generator.pt, append this too
+        generator.append(nn.Hardtanh((0 - mean[0]) / std[0], (1 - mean[0]) / std[0]))
+    if args.resume and Path(args.resume, "teacher.pt").exists():
+        args.teacher = Path(args.resume, "teacher.pt")
+    if args.teacher:
+        load_weights(teacher, args.teacher)
+    # channels_last is faster, but with it BatchNorm's gradient is wrong on Apple GPUs (PyTorch issue 175189).
+    layout = torch.preserve_format if args.device == "mps" else torch.channels_last
+    for network in (teacher, student, generator):
+        network.to(args.device, memory_format=layout)
+    test_set = load_dataset(args.dataset, "test", args.device)
+
+    # 2. The run's folder. Its name ends with the first number that is free.
+    name = f"runs/{args.dataset}-{args.recipe}-{args.images}-{args.seed}"
+    number = 1
+    while Path(f"{name}-{number}").exists():
+        number += 1
+    folder = Path(args.resume or f"{name}-{number}")
+    if not args.resume:
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    print(f"DAFL on {args.dataset} with the {args.recipe} recipe, seed {args.seed}, on {args.device}.")
+    print(f"If the run is stopped, this continues it: python dafl.py --resume {folder}")
+
+    # 3. The teacher, unless the student learns from labels
+    accuracies = {}
+    if args.images != "labels":
+        if not args.teacher:
+            train_teacher(teacher, args, test_set, folder)
+        save(teacher.state_dict(), folder / "teacher.pt")
+        accuracies["teacher"] = evaluate(teacher, *test_set)
+
+    # 4. The student and the results
+    train_student(teacher, generator, student, args, test_set, folder)
     if args.images == "generator":
         save(generator.state_dict(), folder / "generator.pt")
-        noise = torch.randn(100 * num_classes, args.latent_dim, device=device)
+        torch.manual_seed(args.seed)
+        noise = torch.randn(100 * num_classes, args.latent_dim, device=args.device)
         save_picture(folder / "generated.png", generator, teacher, noise, num_classes)
     save(student.state_dict(), folder / "student.pt")
-    (folder / "student-checkpoint.pt").unlink(missing_ok=True)
     accuracies["student"] = evaluate(student, *test_set)
-    print(f"student accuracy {accuracies['student']:.2%}")
+    for checkpoint in folder.glob("*-checkpoint.pt"):
+        checkpoint.unlink()
+    summary = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in accuracies.items())
+    print(f"Test accuracy: {summary}, after {(time.monotonic() - start) / 60:.1f} minutes. The files are in {folder}.")
     return accuracies
 
 
