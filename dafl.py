@@ -9,7 +9,7 @@ the teacher classifies with confidence, and a smaller student learns to match th
 In the end the student is tested on real images, which it has never seen.
 
 In this file, "released" means the code that the authors published (https://github.com/huawei-noah/Efficient-Computing).
-The default is not the released recipe but a faster one. Sections 3 and 4 list every difference between the two.
+The recipe "released" follows that code. The recipe "fast", which is the default, differs from it as section 3 says.
 
     python dafl.py                       # trains a teacher on MNIST, then a student without data, in minutes
     python dafl.py --recipe released     # does the same with the released loop and values, in hours
@@ -99,12 +99,12 @@ def distill_step(teacher, generator, student, optimizer_g, optimizer_s, z, *, oh
 
     # Module 1: update the generator.
     images = generator(z)
-    logits, features = logits_and_features(teacher, images)
+    teacher_logits, features = logits_and_features(teacher, images)
     if features is None and alpha != 0:
         raise ValueError("L_a needs features: return (logits, features) from the teacher, or set alpha to 0")
-    l_oh = one_hot_loss(logits)
+    l_oh = one_hot_loss(teacher_logits)
     l_a = torch.zeros_like(l_oh) if features is None else activation_loss(features)
-    l_ie = information_entropy_loss(logits)
+    l_ie = information_entropy_loss(teacher_logits)
     l_total = oh * l_oh + alpha * l_a + beta * l_ie  # Eq. 7
     optimizer_g.zero_grad()
     l_total.backward()
@@ -113,7 +113,7 @@ def distill_step(teacher, generator, student, optimizer_g, optimizer_s, z, *, oh
     # Module 2: update the student on the same images, like the released code. The paper generates new ones here.
     images = images.detach()
     student_logits, _ = logits_and_features(student, images)
-    l_kd = kd_loss(student_logits, logits.detach(), temperature)
+    l_kd = kd_loss(student_logits, teacher_logits.detach(), temperature)
     optimizer_s.zero_grad()
     l_kd.backward()
     optimizer_s.step()
@@ -152,9 +152,9 @@ class UpsampleConv2d(nn.Conv2d):
     """Computes nn.Upsample(scale_factor=2) and then a 3x3 convolution with padding 1, in 4/9 of the multiplications."""
 
     def forward(self, x):
-        # Upsampling makes blocks of 2x2 equal pixels, so each 3x3 window sees only 2x2 different ones. The weights that
-        # see the same pixel are summed first. With these sums, a transposed convolution with a 4x4 kernel gives the
-        # same result. PyTorch wants its kernel flipped and as (in, out, 4, 4).
+        # Upsampling makes blocks of 2x2 equal pixels, so a 3x3 window sees only 2x2 different ones. Weights on the same
+        # pixel are summed first. There are 2x2 such sums for each of the four places in a block, and together they
+        # are the 4x4 kernel of a transposed convolution. PyTorch wants it flipped and as (in, out, 4, 4).
         kernel = self.weight.flip(2, 3).transpose(0, 1)
         kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # sums of 2x2 neighbours
         layout = torch.contiguous_format if x.is_mps else torch.channels_last  # why: see main
@@ -164,8 +164,8 @@ class UpsampleConv2d(nn.Conv2d):
 class Generator(nn.Sequential):
     """The released generator. It maps noise z (N, latent_dim) to images (N, channels, image_size, image_size).
 
-    image_size must be a multiple of 4. Never call eval() on a generator: in training mode its last BatchNorm gives each
-    channel mean 0 and variance 1 over the batch, and normalised real images have the same.
+    image_size must be a multiple of 4. Keep the generator in training mode: its last BatchNorm then gives each channel
+    mean 0 and variance 1 over the batch, like normalised real images. In eval mode it uses running statistics instead.
     """
 
     def __init__(self, latent_dim=100, channels=1, image_size=32):
@@ -308,9 +308,9 @@ DATASETS = {  # the torchvision data set, the number of classes, and the mean an
     "cifar100": (datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 RECIPES = {
-    # flag: (minimum, (fast, released) for MNIST, the same for CIFAR-10, the same for CIFAR-100, help)
+    # flag: (minimum, pair for MNIST, pair for CIFAR-10, pair for CIFAR-100, help). A pair is (fast, released).
     "steps": (1, (200, 24_000), (1_600, 240_000), (1_600, 240_000), "iterations of Algorithm 1"),
-    "batch_size": (2, (128, 512), (128, 1_024), (128, 1_024), "batch size, which should exceed the number of classes"),
+    "batch_size": (2, (128, 512), (128, 1_024), (128, 1_024), "batch size; L_ie needs more images than classes"),
     "latent_dim": (1, (100, 100), (256, 1_000), (256, 1_000), "length of the noise z"),
     "lr_g": (0.0, (0.01, 0.2), (0.001, 0.02), (0.001, 0.02), "learning rate of the generator"),
     "lr_s": (0.0, (0.01, 0.002), (0.1, 0.1), (0.1, 0.1), "learning rate of the student"),
@@ -353,7 +353,7 @@ def evaluate(network, images, labels):
 def make_optimizer(network, lr, steps, recipe, milestones):
     """Return Adam for a LeNet-5 or SGD for any other network, and the schedule of its learning rate.
 
-    milestones: the epochs after which the released recipe divides SGD's rate by 10, as fractions of all epochs.
+    milestones: the fractions of the training after which the released recipe divides SGD's rate by 10.
     """
     if isinstance(network, LeNet5):
         optimizer = torch.optim.Adam(network.parameters(), lr)
@@ -391,8 +391,8 @@ def training_loop(stage, steps, seed, parts, folder):
     """Yield 1, 2, ... `steps`. If the folder holds a checkpoint of the stage, yield only the steps that are left.
 
     stage: "teacher" or "student". parts: a dict of everything that training changes: networks, optimizers, schedules
-    and tensors. A checkpoint holds them and the stage's CSV file, which report writes. Each step has a random seed of
-    its own, so a resumed run draws the same numbers as an unbroken one.
+    and tensors. A checkpoint holds these and the stage's CSV file, which report() writes. Each step has a random seed
+    of its own, so a resumed run draws the same numbers as an unbroken one.
     """
     checkpoint, log = folder / f"{stage}-checkpoint.pt", folder / f"{stage}.csv"
     done = 0
@@ -407,7 +407,7 @@ def training_loop(stage, steps, seed, parts, folder):
         log.write_text(saved["log"])  # this drops the rows of later steps, which will run again
     saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
-        random.seed(f"{seed} {stage} {step}")  # makes one number of the three
+        random.seed(f"{seed} {stage} {step}")  # turns the three into one number
         torch.manual_seed(random.getrandbits(63))
         yield step  # the body of the caller's loop runs here
         if time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
@@ -461,7 +461,7 @@ def train_teacher(teacher, args, test_set, folder):
 
 
 def train_student(teacher, generator, student, args, test_set, folder):
-    """Train the student by Algorithm 1 or, with other images than generated ones, as a baseline of Table 1."""
+    """Train the student by Algorithm 1 or, if args.images is not "generator", as a baseline of Table 1."""
     device, batch_size, image_shape = args.device, args.batch_size, test_set[0].shape[1:]
     augment = nn.Identity() if args.dataset == "mnist" else crop_and_flip
     # A baseline gets as many updates of the student as Algorithm 1 with replay.
@@ -508,8 +508,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", help="data set (default: mnist)", choices=DATASETS)
-    add("--recipe", help="which value of each pair below to use (default: fast)", choices=("fast", "released"))
-    add("--images", help="images to learn from (default: generator); else a baseline of Table 1", choices=images)
+    add("--recipe", help="values of the pairs below, and schedules (default: fast)", choices=("fast", "released"))
+    add("--images", help="generator for Algorithm 1 (default), or a baseline of Table 1", choices=images)
     add("--teacher", help="state dict of a trained teacher; without it, one is trained", metavar="FILE")
     add("--seed", help="random seed (default: 0)", type=int, metavar="NUMBER")
     add("--device", help=f"device (default: {devices[0]}, or that of the run to be resumed)", choices=devices)
@@ -545,14 +545,14 @@ def main(argv=None):
     args = parse_args(argv)
     start = time.monotonic()
 
-    # 1. The networks. Seeding again in between would start the student with the same weights as the teacher.
+    # 1. The networks, which draw their first weights one after the other
     mnist = args.dataset == "mnist"
     _, num_classes, mean, std = DATASETS[args.dataset]
     torch.manual_seed(args.seed)
     teacher = LeNet5(num_classes, args.width) if mnist else ResNet((3, 4, 6, 3), num_classes, args.width)
     student = LeNet5(num_classes, args.width / 2) if mnist else ResNet((2, 2, 2, 2), num_classes, args.width)
     generator = Generator(args.latent_dim, len(mean))
-    if mnist and args.recipe == "fast":  # clamp to [black, white]; to use generator.pt, append this too
+    if mnist and args.recipe == "fast":  # clamp to [black, white]; generator.pt does not hold this layer
         generator.append(nn.Hardtanh((0 - mean[0]) / std[0], (1 - mean[0]) / std[0]))
     if args.resume and Path(args.resume, "teacher.pt").exists():
         args.teacher = Path(args.resume, "teacher.pt")
