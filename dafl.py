@@ -9,7 +9,7 @@ the teacher classifies with confidence, and a smaller student learns to match th
 In the end the student is tested on real images, which it has never seen.
 
 In this file, "released" means the code that the authors published (https://github.com/huawei-noah/Efficient-Computing).
-The recipe "released" follows that code. The recipe "fast", which is the default, differs from it as section 3 says.
+The recipe "released" follows that code. The recipe "fast", which is the default, does not. Section 3 has the details.
 
     python dafl.py                       # trains a teacher on MNIST, then a student without data, in minutes
     python dafl.py --recipe released     # does the same with the released loop and values, in hours
@@ -40,8 +40,8 @@ def kd_loss(student_logits, teacher_logits, temperature=1):
     """L_KD, Eq. 1: the student's softmax q should match the teacher's softmax p. Both inputs are logits (N, K).
 
     Eq. 1 is the cross-entropy of p and q. Like the released code, we use their KL divergence: it gives the student the
-    same gradient and is 0 when q equals p. A temperature above 1 gives unlikely classes more weight, and its
-    square keeps the gradients at the same scale (Hinton et al., 2015). Raises ValueError if the shapes differ.
+    same gradient and is 0 when q equals p. A temperature above 1 gives unlikely classes more weight, and
+    temperature**2 keeps the gradients at the same scale (Hinton et al., 2015). Raises ValueError if the shapes differ.
     """
     if student_logits.shape != teacher_logits.shape:  # (N, 1) would silently broadcast to (N, K)
         raise ValueError(f"shapes differ: student {[*student_logits.shape]}, teacher {[*teacher_logits.shape]}")
@@ -66,8 +66,8 @@ def activation_loss(features):
 def information_entropy_loss(logits):
     """L_ie, Eq. 6: the teacher's softmax, averaged over a batch of logits (N, K), should be the same for all classes.
 
-    The loss is 0 when all images fall into one class and -log10(K) when all classes are equally likely. Like the
-    released code, we take log10 and leave out the factor 1/K of Eq. 6, and beta is chosen for that scale.
+    The loss is 0 when all images surely belong to one class, and -log10(K) when all classes are equally likely. Like
+    the released code, we take log10 and leave out the factor 1/K of Eq. 6, and beta is chosen for that scale.
     """
     p = logits.softmax(1).mean(0)
     log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log10()  # clamped, because 0 * log10(0) would be NaN
@@ -152,11 +152,11 @@ class UpsampleConv2d(nn.Conv2d):
     """Computes nn.Upsample(scale_factor=2) and then a 3x3 convolution with padding 1, in 4/9 of the multiplications."""
 
     def forward(self, x):
-        # Upsampling makes blocks of 2x2 equal pixels, so a 3x3 window sees only 2x2 different ones. Weights on the same
-        # pixel are summed first. There are 2x2 such sums for each of the four places in a block, and together they
-        # are the 4x4 kernel of a transposed convolution. PyTorch wants it flipped and as (in, out, 4, 4).
+        # Upsampling makes blocks of 2x2 equal pixels, so a 3x3 window sees only 2x2 different ones. Weights that fall
+        # on the same pixel are added up. Each of the 4 output pixels of a block has its own 2x2 sums. In all they make
+        # the 4x4 kernel of a transposed convolution, which PyTorch wants flipped and as (in, out, 4, 4).
         kernel = self.weight.flip(2, 3).transpose(0, 1)
-        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # sums of 2x2 neighbours
+        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # in 1-D: (c, b + c, a + b, a)
         layout = torch.contiguous_format if x.is_mps else torch.channels_last  # why: see main
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
@@ -344,7 +344,7 @@ def load_dataset(name, split, device="cpu"):
 
 @torch.no_grad()
 def evaluate(network, images, labels):
-    """Return a classifier's accuracy in [0, 1] on images (N, C, H, W) with labels (N,). Leaves it in eval mode."""
+    """Return a classifier's accuracy in [0, 1] on images (N, C, H, W) with labels (N,) or (N, 1). Sets eval mode."""
     network.eval()
     predictions = torch.cat([logits_and_features(network, batch)[0].argmax(1) for batch in images.split(500)])
     return (predictions == labels.view_as(predictions)).sum().item() / len(labels)
@@ -353,7 +353,7 @@ def evaluate(network, images, labels):
 def make_optimizer(network, lr, steps, recipe, milestones):
     """Return Adam for a LeNet-5 or SGD for any other network, and the schedule of its learning rate.
 
-    milestones: the fractions of the training after which the released recipe divides SGD's rate by 10.
+    milestones: when the released recipe divides SGD's rate by 10. For example, 0.4 is after 40 % of the steps.
     """
     if isinstance(network, LeNet5):
         optimizer = torch.optim.Adam(network.parameters(), lr)
@@ -392,7 +392,7 @@ def training_loop(stage, steps, seed, parts, folder):
 
     stage: "teacher" or "student". parts: a dict of everything that training changes: networks, optimizers, schedules
     and tensors. A checkpoint holds these and the stage's CSV file, which report() writes. Each step has a random seed
-    of its own, so a resumed run draws the same numbers as an unbroken one.
+    of its own, so on the same device a resumed run draws the same numbers as an unbroken one.
     """
     checkpoint, log = folder / f"{stage}-checkpoint.pt", folder / f"{stage}.csv"
     done = 0
@@ -407,7 +407,7 @@ def training_loop(stage, steps, seed, parts, folder):
         log.write_text(saved["log"])  # this drops the rows of later steps, which will run again
     saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
-        random.seed(f"{seed} {stage} {step}")  # turns the three into one number
+        random.seed(f"{seed} {stage} {step}")  # turns all three into one number
         torch.manual_seed(random.getrandbits(63))
         yield step  # the body of the caller's loop runs here
         if time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
@@ -418,7 +418,7 @@ def training_loop(stage, steps, seed, parts, folder):
 
 def report(stage, step, steps, losses, network, test_set, folder):
     """Print the losses and the test accuracy about ten times a stage, and append them to the stage's CSV file."""
-    if not (step in (1, steps) or step % math.ceil(steps / 10) == 0):
+    if step not in (1, steps) and step % math.ceil(steps / 10) != 0:
         return
     row = {"step": step} | {name: loss.item() for name, loss in losses.items()}
     if not all(map(math.isfinite, row.values())):
@@ -508,7 +508,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", help="data set (default: mnist)", choices=DATASETS)
-    add("--recipe", help="values of the pairs below, and schedules (default: fast)", choices=("fast", "released"))
+    add("--recipe", help="picks from the pairs below, and schedules (default: fast)", choices=("fast", "released"))
     add("--images", help="generator for Algorithm 1 (default), or a baseline of Table 1", choices=images)
     add("--teacher", help="state dict of a trained teacher; without it, one is trained", metavar="FILE")
     add("--seed", help="random seed (default: 0)", type=int, metavar="NUMBER")
@@ -545,14 +545,14 @@ def main(argv=None):
     args = parse_args(argv)
     start = time.monotonic()
 
-    # 1. The networks, which draw their first weights one after the other
+    # 1. The networks. A single seed gives all of them their first weights, one network after the other.
     mnist = args.dataset == "mnist"
     _, num_classes, mean, std = DATASETS[args.dataset]
     torch.manual_seed(args.seed)
     teacher = LeNet5(num_classes, args.width) if mnist else ResNet((3, 4, 6, 3), num_classes, args.width)
     student = LeNet5(num_classes, args.width / 2) if mnist else ResNet((2, 2, 2, 2), num_classes, args.width)
     generator = Generator(args.latent_dim, len(mean))
-    if mnist and args.recipe == "fast":  # clamp to [black, white]; generator.pt does not hold this layer
+    if mnist and args.recipe == "fast":  # clamp to [black, white]; it has no weights in generator.pt
         generator.append(nn.Hardtanh((0 - mean[0]) / std[0], (1 - mean[0]) / std[0]))
     if args.resume and Path(args.resume, "teacher.pt").exists():
         args.teacher = Path(args.resume, "teacher.pt")
