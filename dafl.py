@@ -523,7 +523,7 @@ def parse_args(argv=None):
         folder = Path(given["resume"])
         if set(given) - {"resume", "device"}:
             parser.error("argument --resume: only --device may be given with it")
-        if (folder / "student.pt").exists():
+        if (folder / "student.pt").exists() and not (folder / "student-checkpoint.pt").exists():
             parser.error(f"argument --resume: the run in {folder} is finished")
         stored = json.loads((folder / "args.json").read_text())
         if stored["device"] not in devices:
@@ -582,6 +582,7 @@ def main(argv=None):
         if not args.teacher:
             train_teacher(teacher, args, test_set, folder)
         save(teacher.state_dict(), folder / "teacher.pt")
+        (folder / "teacher-checkpoint.pt").unlink(missing_ok=True)
         accuracies["teacher"] = evaluate(teacher, *test_set)
 
     # 4. The student and the results
@@ -593,8 +594,7 @@ def main(argv=None):
         save_picture(folder / "generated.png", generator, teacher, noise, num_classes)
     save(student.state_dict(), folder / "student.pt")
     accuracies["student"] = evaluate(student, *test_set)
-    for checkpoint in folder.glob("*-checkpoint.pt"):
-        checkpoint.unlink()
+    (folder / "student-checkpoint.pt").unlink(missing_ok=True)
     summary = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in accuracies.items())
     print(f"Test accuracy: {summary}, after {(time.monotonic() - start) / 60:.1f} minutes. The files are in {folder}.")
     return accuracies
