@@ -66,8 +66,8 @@ def activation_loss(features):
 def information_entropy_loss(logits):
     """L_ie, Eq. 6: the teacher's softmax, averaged over a batch of logits (N, K), should be the same for all classes.
 
-    The loss is 0 when all images surely belong to one class, and -log10(K) when all classes are equally likely. Like
-    the released code, we take log10 and leave out the factor 1/K of Eq. 6, and beta is chosen for that scale.
+    The loss is 0 when all images surely belong to the same class, and -log10(K) when all classes are equally likely.
+    Like the released code, we take log10 and leave out the factor 1/K of Eq. 6, and beta is chosen for that scale.
     """
     p = logits.softmax(1).mean(0)
     log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log10()  # clamped, because 0 * log10(0) would be NaN
@@ -156,7 +156,7 @@ class UpsampleConv2d(nn.Conv2d):
         # on the same pixel are added up. Each of the 4 output pixels of a block has its own 2x2 sums. In all they make
         # the 4x4 kernel of a transposed convolution, which PyTorch wants flipped and as (in, out, 4, 4).
         kernel = self.weight.flip(2, 3).transpose(0, 1)
-        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # in 1-D: (c, b + c, a + b, a)
+        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # 1-D: (a, b, c) to (c, b+c, a+b, a)
         layout = torch.contiguous_format if x.is_mps else torch.channels_last  # why: see main
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
@@ -319,7 +319,7 @@ RECIPES = {
     "beta": (0.0, (5.0, 5.0), (5.0, 5.0), (20.0, 20.0), "weight of L_ie, Eq. 6"),
     "temperature": (0.001, (4.0, 1.0), (4.0, 1.0), (4.0, 1.0), "temperature of L_KD"),
     "replay": (0, (24, 0), (4, 0), (4, 0), "updates of the student on past images in each iteration"),
-    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "factor on all channels, halved for MNIST's student"),
+    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "factor on classifiers' channels, halved for MNIST's student"),
     "teacher_epochs": (1, (5, 9), (10, 199), (10, 199), "epochs of the teacher"),
     "teacher_batch_size": (2, (256, 256), (128, 128), (128, 128), "batch size of the teacher"),
     "teacher_lr": (0.0, (0.003, 0.001), (0.1, 0.1), (0.1, 0.1), "learning rate of the teacher"),
@@ -471,7 +471,7 @@ def train_student(teacher, generator, student, args, test_set, folder):
     if args.images == "generator":
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)  # its rate stays constant
         parts |= {"generator": generator, "optimizer_g": optimizer_g}
-        if args.replay:  # half precision saves memory
+        if args.replay:  # past images are kept in half precision, to save memory
             past = torch.zeros(PAST_BATCHES, batch_size, *image_shape, device=device, dtype=torch.half)
             parts["past"] = past
     elif args.images in ("real", "labels"):
@@ -508,7 +508,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", help="data set (default: mnist)", choices=DATASETS)
-    add("--recipe", help="picks from the pairs below, and schedules (default: fast)", choices=("fast", "released"))
+    add("--recipe", help="sets the values below and the rate schedules (default: fast)", choices=("fast", "released"))
     add("--images", help="generator for Algorithm 1 (default), or a baseline of Table 1", choices=images)
     add("--teacher", help="state dict of a trained teacher; without it, one is trained", metavar="FILE")
     add("--seed", help="random seed (default: 0)", type=int, metavar="NUMBER")
@@ -552,7 +552,7 @@ def main(argv=None):
     teacher = LeNet5(num_classes, args.width) if mnist else ResNet((3, 4, 6, 3), num_classes, args.width)
     student = LeNet5(num_classes, args.width / 2) if mnist else ResNet((2, 2, 2, 2), num_classes, args.width)
     generator = Generator(args.latent_dim, len(mean))
-    if mnist and args.recipe == "fast":  # clamp to [black, white]; it has no weights in generator.pt
+    if mnist and args.recipe == "fast":  # clamp to [black, white]; after loading generator.pt, append this
         generator.append(nn.Hardtanh((0 - mean[0]) / std[0], (1 - mean[0]) / std[0]))
     if args.resume and Path(args.resume, "teacher.pt").exists():
         args.teacher = Path(args.resume, "teacher.pt")
