@@ -6,10 +6,10 @@
 
 You have a trained classifier, the teacher, but its training data are gone. A generator learns to generate images that
 the teacher classifies with confidence, and a smaller student learns to match the teacher's outputs on these images.
-In the end the student is tested on real images, which it has never seen.
+The student is tested on real images, which it never sees in training.
 
 In this file, "released" means the code that the authors published (https://github.com/huawei-noah/Efficient-Computing).
-The recipe "released" follows that code. The recipe "fast", which is the default, does not. Section 3 has the details.
+The recipe "released" stays close to that code. The recipe "fast", the default, changes more. Section 3 has the details.
 
     python dafl.py                       # trains a teacher on MNIST, then a student without data, in minutes
     python dafl.py --recipe released     # does the same with the released loop and values, in hours
@@ -64,7 +64,7 @@ def activation_loss(features):
 
 
 def information_entropy_loss(logits):
-    """L_ie, Eq. 6: the teacher's softmax, averaged over a batch of logits (N, K), should be the same for all classes.
+    """L_ie, Eq. 6: the teacher's softmax, averaged over a batch of logits (N, K), should be uniform.
 
     The loss is 0 when all images surely belong to the same class, and -log10(K) when all classes are equally likely.
     Like the released code, we take log10 and leave out the factor 1/K of Eq. 6, and beta is chosen for that scale.
@@ -81,12 +81,12 @@ def logits_and_features(network, images):
 
 
 def distill_step(teacher, generator, student, optimizer_g, optimizer_s, z, *, oh=1, alpha=0.1, beta=5, temperature=1):
-    """Run one iteration of Algorithm 1: update the generator, then the student. train_student repeats this.
+    """Run one iteration of Algorithm 1: update the generator, then the student.
 
     z: noise (N, latent_dim). generator: any module that maps z to images (N, C, H, W).
     teacher, student: modules that map images to logits (N, K), before any softmax, or to a tuple (logits, features).
-    features: the input of the teacher's first linear layer, (N, D). Only L_a needs them, and only from the teacher.
-    oh, alpha, beta: the weights of L_oh, L_a and L_ie. In Eq. 7 L_oh has no weight, which is the same as oh=1.
+    The features (N, D) are the input of the first linear layer. Only L_a needs them, and only from the teacher.
+    oh, alpha, beta: the weights of L_oh, L_a and L_ie. Eq. 7 has oh=1; the released code lowers it on CIFAR.
 
     Returns two values, both detached: a dict of the losses, and the images. The teacher's parameters get
     requires_grad=False. Raises ValueError if the teacher returns no features and alpha is not 0.
@@ -152,12 +152,12 @@ class UpsampleConv2d(nn.Conv2d):
     """Computes nn.Upsample(scale_factor=2) and then a 3x3 convolution with padding 1, in 4/9 of the multiplications."""
 
     def forward(self, x):
-        # Upsampling makes blocks of 2x2 equal pixels, so a 3x3 window sees only 2x2 different ones. Weights that fall
-        # on the same pixel are added up. Each of the 4 output pixels of a block has its own 2x2 sums. In all they make
-        # the 4x4 kernel of a transposed convolution, which PyTorch wants flipped and as (in, out, 4, 4).
+        # Upsampling makes blocks of equal pixels, so weights that fall on equal pixels can be added. In one dimension,
+        # the weights (a, b, c) become (a, b + c) for the left pixel of a block of two and (a + b, c) for the right one.
+        # A transposed convolution with (c, b + c, a + b, a) does both. It holds sums of neighbours in (0, c, b, a, 0).
         kernel = self.weight.flip(2, 3).transpose(0, 1)
-        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # 1-D: (a, b, c) to (c, b+c, a+b, a)
-        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # why: see main
+        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # divisor 1 makes it add
+        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # the output's layout, too; see main
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
@@ -216,7 +216,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()  # empty, it is the identity
+        self.shortcut = nn.Sequential()  # an empty Sequential is the identity
         if stride != 1 or in_channels != channels:
             self.shortcut.extend([nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)])
 
@@ -265,7 +265,7 @@ class ResNet(nn.Module):
 # - Many values differ, such as the numbers of steps and the temperature of L_KD. RECIPES in section 4 lists them all.
 # Both recipes differ from the released code as follows:
 # - Batches of real images are sampled with replacement.
-# - The teacher's CIFAR images are shifted with a border of the mean colour instead of black.
+# - Real images of CIFAR are shifted with a border of the mean colour instead of black.
 # - CIFAR-100 is normalised with its own mean and deviation instead of those of CIFAR-10.
 # - The student after the last step is the result, not the one with the best test accuracy.
 # Section 1 says where the released code, and with it this file, differs from the paper.
@@ -292,11 +292,11 @@ def crop_and_flip(images):
 
 
 def replay_batches(past, count, augment):
-    """Pick images from B past batches (B, N, C, H, W), then cut and join them to `count` new batches (N, C, H, W)."""
+    """Pick images from B past batches (B, N, C, H, W), then cut and join them into `count` new batches (N, C, H, W)."""
     n = past.shape[1]
     images = past.flatten(0, 1)
     picked = torch.randint(len(images), (count * n,), device=past.device)
-    images = augment(images[picked].float())
+    images = augment(images[picked].float())  # they are kept in half precision
     return cut_and_join(images).split(n)
 
 
@@ -319,7 +319,7 @@ RECIPES = {
     "beta": (0.0, (5.0, 5.0), (5.0, 5.0), (20.0, 20.0), "weight of L_ie, Eq. 6"),
     "temperature": (0.001, (4.0, 1.0), (4.0, 1.0), (4.0, 1.0), "temperature of L_KD"),
     "replay": (0, (24, 0), (4, 0), (4, 0), "updates of the student on past images in each iteration"),
-    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "factor on classifiers' channels, halved for MNIST's student"),
+    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "factor on channels; MNIST's student gets half of it"),
     "teacher_epochs": (1, (5, 9), (10, 199), (10, 199), "epochs of the teacher"),
     "teacher_batch_size": (2, (256, 256), (128, 128), (128, 128), "batch size of the teacher"),
     "teacher_lr": (0.0, (0.003, 0.001), (0.1, 0.1), (0.1, 0.1), "learning rate of the teacher"),
@@ -353,7 +353,7 @@ def evaluate(network, images, labels):
 def make_optimizer(network, lr, steps, recipe, milestones):
     """Return Adam for a LeNet-5 or SGD for any other network, and the schedule of its learning rate.
 
-    milestones: when the released recipe divides SGD's rate by 10. For example, 0.4 is after 40 % of the steps.
+    milestones: when the released recipe divides SGD's rate by 10. For example, 79 / 199 is after 79 of 199 epochs.
     """
     if isinstance(network, LeNet5):
         optimizer = torch.optim.Adam(network.parameters(), lr)
@@ -366,7 +366,7 @@ def make_optimizer(network, lr, steps, recipe, milestones):
     return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / steps * 6, (1 - step / steps) * 6 / 5))
 
 
-# === 5. Runs: each has a folder with its networks, a CSV file for each stage, a picture and checkpoints ==============
+# === 5. Runs: each has a folder of its own ===========================================================================
 
 
 def save(content, path):
@@ -384,7 +384,7 @@ def load_weights(network, path):
         state = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
         network.load_state_dict(state)
     except Exception as error:  # torch raises many types; their messages end with the cause
-        raise OSError(f"cannot load {path} as weights of {type(network).__name__}: {str(error)[-300:]}") from error
+        raise OSError(f"cannot load {path} as a state dict of {type(network).__name__}: {str(error)[-300:]}") from error
 
 
 def training_loop(stage, steps, seed, parts, folder):
@@ -407,8 +407,8 @@ def training_loop(stage, steps, seed, parts, folder):
         log.write_text(saved["log"])  # this drops the rows of later steps, which will run again
     saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
-        random.seed(f"{seed} {stage} {step}")  # turns all three into one number
-        torch.manual_seed(random.getrandbits(63))
+        random.seed(f"{seed} {stage} {step}")
+        torch.manual_seed(random.getrandbits(63))  # depends on seed, stage and step
         yield step  # the body of the caller's loop runs here
         if time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
             states = {name: x if isinstance(x, torch.Tensor) else x.state_dict() for name, x in parts.items()}
@@ -434,7 +434,7 @@ def report(stage, step, steps, losses, network, test_set, folder):
 
 @torch.no_grad()
 def save_picture(path, generator, teacher, noise, num_classes):
-    """Save a column per class: the mean of all images that the teacher assigns to it (Figure 2), then seven of them."""
+    """Save a column for each class that the teacher predicts: the mean image (Figure 2) and up to seven images."""
     images = torch.cat([generator(z) for z in noise.split(500)])
     predictions = torch.cat([logits_and_features(teacher, batch)[0].argmax(1) for batch in images.split(500)])
     picture = images.new_zeros(8, num_classes, *images.shape[1:])  # black where images are missing
@@ -466,7 +466,7 @@ def train_student(teacher, generator, student, args, test_set, folder):
     augment = nn.Identity() if args.dataset == "mnist" else crop_and_flip
     # A baseline gets as many updates of the student as Algorithm 1 with replay.
     steps = args.steps if args.images == "generator" else args.steps * (1 + args.replay)
-    optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, (800 / 2000, 1600 / 2000))
+    optimizer_s, schedule = make_optimizer(student, args.lr_s, steps, args.recipe, (0.4, 0.8))
     parts = {"student": student, "optimizer_s": optimizer_s, "schedule": schedule}
     if args.images == "generator":
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g)  # its rate stays constant
@@ -508,22 +508,22 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("dafl.py", usage="dafl.py [--flag value ...]", allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", help="data set (default: mnist)", choices=DATASETS)
-    add("--recipe", help="sets the values below and the rate schedules (default: fast)", choices=("fast", "released"))
-    add("--images", help="generator for Algorithm 1 (default), or a baseline of Table 1", choices=images)
+    add("--recipe", help="released is the authors' loop and values (default: fast)", choices=("fast", "released"))
+    add("--images", help="generator (default), or a baseline: noise, real images, labels (no teacher)", choices=images)
     add("--teacher", help="state dict of a trained teacher; without it, one is trained", metavar="FILE")
     add("--seed", help="random seed (default: 0)", type=int, metavar="NUMBER")
     add("--device", help=f"device (default: {devices[0]}, or that of the run to be resumed)", choices=devices)
     add("--resume", help="resume the run in FOLDER; only --device may be given with it", metavar="FOLDER")
     for name, (minimum, mnist, cifar10, cifar100, text) in RECIPES.items():
         help_text = f"{text}. (fast, released): MNIST {mnist}, CIFAR-10 {cifar10}, CIFAR-100 {cifar100}"
-        add("--" + name.replace("_", "-"), help=help_text, type=type(minimum), metavar="NUMBER")
+        add("--" + name.replace("_", "-"), help=help_text, type=type(minimum), metavar="NUMBER")  # int or float
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
     if "resume" in given:
         folder = Path(given["resume"])
         if set(given) - {"resume", "device"}:
             parser.error("argument --resume: only --device may be given with it")
-        if (folder / "student.pt").exists() and not (folder / "student-checkpoint.pt").exists():
+        if (folder / "student.pt").exists() and not any(folder.glob("*-checkpoint.pt")):  # they are deleted last
             parser.error(f"argument --resume: the run in {folder} is finished")
         stored = json.loads((folder / "args.json").read_text())
         if stored["device"] not in devices:
@@ -545,16 +545,16 @@ def main(argv=None):
     args = parse_args(argv)
     start = time.monotonic()
 
-    # 1. The networks. A single seed gives all of them their first weights, one network after the other.
+    # 1. The networks. The seed is set once, not for each network, so that all initial weights differ.
     mnist = args.dataset == "mnist"
     _, num_classes, mean, std = DATASETS[args.dataset]
     torch.manual_seed(args.seed)
     teacher = LeNet5(num_classes, args.width) if mnist else ResNet((3, 4, 6, 3), num_classes, args.width)
     student = LeNet5(num_classes, args.width / 2) if mnist else ResNet((2, 2, 2, 2), num_classes, args.width)
     generator = Generator(args.latent_dim, len(mean))
-    if mnist and args.recipe == "fast":  # clamp to [black, white]; after loading generator.pt, append this
+    if mnist and args.recipe == "fast":  # clamp to [black, white]; generator.pt does not contain this
         generator.append(nn.Hardtanh((0 - mean[0]) / std[0], (1 - mean[0]) / std[0]))
-    if args.resume and Path(args.resume, "teacher.pt").exists():
+    if args.resume and Path(args.resume, "teacher.pt").exists():  # the teacher is finished
         args.teacher = Path(args.resume, "teacher.pt")
     if args.teacher:
         load_weights(teacher, args.teacher)
