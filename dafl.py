@@ -154,10 +154,10 @@ class UpsampleConv2d(nn.Conv2d):
     def forward(self, x):
         # Upsampling makes blocks of equal pixels, so weights that fall on equal pixels can be added. In one dimension,
         # the weights (a, b, c) become (a, b + c) for the left pixel of a block of two and (a + b, c) for the right one.
-        # A transposed convolution with (c, b + c, a + b, a) does both. It holds sums of neighbours in (0, c, b, a, 0).
+        # A transposed convolution with kernel (c, b + c, a + b, a) does both: sums of neighbours in (0, c, b, a, 0).
         kernel = self.weight.flip(2, 3).transpose(0, 1)
         kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # divisor 1 makes it add
-        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # the output's layout, too; see main
+        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # also sets the output's layout; see main
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
@@ -292,11 +292,11 @@ def crop_and_flip(images):
 
 
 def replay_batches(past, count, augment):
-    """Pick images from B past batches (B, N, C, H, W), then cut and join them into `count` new batches (N, C, H, W)."""
+    """Pick, augment, cut and join images of B past batches (B, N, C, H, W) into `count` new batches (N, C, H, W)."""
     n = past.shape[1]
     images = past.flatten(0, 1)
     picked = torch.randint(len(images), (count * n,), device=past.device)
-    images = augment(images[picked].float())  # they are kept in half precision
+    images = augment(images[picked].float())  # past is in half precision
     return cut_and_join(images).split(n)
 
 
@@ -319,7 +319,7 @@ RECIPES = {
     "beta": (0.0, (5.0, 5.0), (5.0, 5.0), (20.0, 20.0), "weight of L_ie, Eq. 6"),
     "temperature": (0.001, (4.0, 1.0), (4.0, 1.0), (4.0, 1.0), "temperature of L_KD"),
     "replay": (0, (24, 0), (4, 0), (4, 0), "updates of the student on past images in each iteration"),
-    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "factor on channels; MNIST's student gets half of it"),
+    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "factor on both networks' channels; MNIST's student: half"),
     "teacher_epochs": (1, (5, 9), (10, 199), (10, 199), "epochs of the teacher"),
     "teacher_batch_size": (2, (256, 256), (128, 128), (128, 128), "batch size of the teacher"),
     "teacher_lr": (0.0, (0.003, 0.001), (0.1, 0.1), (0.1, 0.1), "learning rate of the teacher"),
@@ -434,7 +434,7 @@ def report(stage, step, steps, losses, network, test_set, folder):
 
 @torch.no_grad()
 def save_picture(path, generator, teacher, noise, num_classes):
-    """Save a column for each class that the teacher predicts: the mean image (Figure 2) and up to seven images."""
+    """Save a column for each class, by the teacher's predictions: the mean image (Figure 2) and up to seven images."""
     images = torch.cat([generator(z) for z in noise.split(500)])
     predictions = torch.cat([logits_and_features(teacher, batch)[0].argmax(1) for batch in images.split(500)])
     picture = images.new_zeros(8, num_classes, *images.shape[1:])  # black where images are missing
@@ -523,7 +523,7 @@ def parse_args(argv=None):
         folder = Path(given["resume"])
         if set(given) - {"resume", "device"}:
             parser.error("argument --resume: only --device may be given with it")
-        if (folder / "student.pt").exists() and not any(folder.glob("*-checkpoint.pt")):  # they are deleted last
+        if (folder / "student.pt").exists() and not any(folder.glob("*-checkpoint.pt")):  # deleted after student.pt
             parser.error(f"argument --resume: the run in {folder} is finished")
         stored = json.loads((folder / "args.json").read_text())
         if stored["device"] not in devices:
@@ -552,14 +552,14 @@ def main(argv=None):
     teacher = LeNet5(num_classes, args.width) if mnist else ResNet((3, 4, 6, 3), num_classes, args.width)
     student = LeNet5(num_classes, args.width / 2) if mnist else ResNet((2, 2, 2, 2), num_classes, args.width)
     generator = Generator(args.latent_dim, len(mean))
-    if mnist and args.recipe == "fast":  # clamp to [black, white]; generator.pt does not contain this
+    if mnist and args.recipe == "fast":  # clamp to [black, white]; it has no weights for generator.pt
         generator.append(nn.Hardtanh((0 - mean[0]) / std[0], (1 - mean[0]) / std[0]))
     if args.resume and Path(args.resume, "teacher.pt").exists():  # the teacher is finished
         args.teacher = Path(args.resume, "teacher.pt")
     if args.teacher:
         load_weights(teacher, args.teacher)
     # channels_last is faster, but with it BatchNorm's gradient is wrong on Apple GPUs (PyTorch issue 175189).
-    layout = torch.preserve_format if args.device == "mps" else torch.channels_last
+    layout = torch.contiguous_format if args.device == "mps" else torch.channels_last
     for network in (teacher, student, generator):
         network.to(args.device, memory_format=layout)
     test_set = load_dataset(args.dataset, "test", args.device)
