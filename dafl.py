@@ -9,7 +9,7 @@ the teacher classifies with confidence, and a smaller student learns to match th
 The student is tested on real images, which it never sees in training.
 
 In this file, "released" means the code that the authors published (https://github.com/huawei-noah/Efficient-Computing).
-The recipe "released" stays close to that code. The recipe "fast", the default, changes more. Section 3 has the details.
+The recipe "released" is close to that code, and the recipe "fast", the default, is not. Section 3 has the details.
 
     python dafl.py                       # trains a teacher on MNIST, then a student without data, in minutes
     python dafl.py --recipe released     # does the same with the released loop and values, in hours
@@ -154,10 +154,10 @@ class UpsampleConv2d(nn.Conv2d):
     def forward(self, x):
         # Upsampling makes blocks of equal pixels, so weights that fall on equal pixels can be added. In one dimension,
         # the weights (a, b, c) become (a, b + c) for the left pixel of a block of two and (a + b, c) for the right one.
-        # A transposed convolution with kernel (c, b + c, a + b, a) does both: sums of neighbours in (0, c, b, a, 0).
+        # A transposed convolution by (c, b + c, a + b, a) does both. These are sums of neighbours in (0, c, b, a, 0).
         kernel = self.weight.flip(2, 3).transpose(0, 1)
         kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # divisor 1 makes it add
-        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # also sets the output's layout; see main
+        layout = torch.contiguous_format if x.is_mps else torch.channels_last  # contiguous on Apple GPUs: see main
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
 
@@ -200,9 +200,9 @@ class LeNet5(nn.Module):
         self.fc1 = nn.Linear(c3, hidden)
         self.fc2 = nn.Linear(hidden, num_classes)
 
-    def forward(self, images):  # (N, 1, 32, 32)
-        x = F.max_pool2d(self.conv1(images), 2).relu()  # (N, 6, 14, 14); to pool before the ReLU is faster
-        x = F.max_pool2d(self.conv2(x), 2).relu()  # (N, 16, 5, 5)
+    def forward(self, images):  # (N, 1, 32, 32); the shapes are for width 1
+        x = F.max_pool2d(self.conv1(images), 2).relu()  # (N, 6, 14, 14)
+        x = F.max_pool2d(self.conv2(x), 2).relu()  # (N, 16, 5, 5); pooling before the ReLU is the same and faster
         features = self.conv3(x).relu().flatten(1)  # (N, 120)
         return self.fc2(self.fc1(features).relu()), features
 
@@ -248,7 +248,7 @@ class ResNet(nn.Module):
         self.layer4 = basic_blocks(blocks[3], c3, c4, stride=2)
         self.linear = nn.Linear(c4, num_classes)
 
-    def forward(self, images):  # (N, 3, 32, 32)
+    def forward(self, images):  # (N, 3, 32, 32); the shapes are for width 1
         x = self.bn1(self.conv1(images)).relu()  # (N, 64, 32, 32)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 512, 4, 4)
         features = x.mean((2, 3))  # (N, 512)
@@ -262,7 +262,7 @@ class ResNet(nn.Module):
 #   and joined into a new one, and the teacher labels that one. On CIFAR, past images are also shifted and mirrored.
 # - On MNIST, a last layer clamps the generated pixels to the range from black to white.
 # - The learning rates of the teacher and the student rise at first and then fall to 0.
-# - Many values differ, such as the numbers of steps and the temperature of L_KD. RECIPES in section 4 lists them all.
+# - Many values differ, such as the number of steps, the temperature and CIFAR's width. RECIPES in section 4 has all.
 # Both recipes differ from the released code as follows:
 # - Batches of real images are sampled with replacement.
 # - Real images of CIFAR are shifted with a border of the mean colour instead of black.
@@ -319,7 +319,7 @@ RECIPES = {
     "beta": (0.0, (5.0, 5.0), (5.0, 5.0), (20.0, 20.0), "weight of L_ie, Eq. 6"),
     "temperature": (0.001, (4.0, 1.0), (4.0, 1.0), (4.0, 1.0), "temperature of L_KD"),
     "replay": (0, (24, 0), (4, 0), (4, 0), "updates of the student on past images in each iteration"),
-    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "factor on both networks' channels; MNIST's student: half"),
+    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "width of both networks; MNIST's student has half of it"),
     "teacher_epochs": (1, (5, 9), (10, 199), (10, 199), "epochs of the teacher"),
     "teacher_batch_size": (2, (256, 256), (128, 128), (128, 128), "batch size of the teacher"),
     "teacher_lr": (0.0, (0.003, 0.001), (0.1, 0.1), (0.1, 0.1), "learning rate of the teacher"),
@@ -353,7 +353,7 @@ def evaluate(network, images, labels):
 def make_optimizer(network, lr, steps, recipe, milestones):
     """Return Adam for a LeNet-5 or SGD for any other network, and the schedule of its learning rate.
 
-    milestones: when the released recipe divides SGD's rate by 10. For example, 79 / 199 is after 79 of 199 epochs.
+    milestones: fractions of the steps, such as 79 / 199, after which the released recipe divides SGD's rate by 10.
     """
     if isinstance(network, LeNet5):
         optimizer = torch.optim.Adam(network.parameters(), lr)
@@ -408,7 +408,7 @@ def training_loop(stage, steps, seed, parts, folder):
     saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
         random.seed(f"{seed} {stage} {step}")
-        torch.manual_seed(random.getrandbits(63))  # depends on seed, stage and step
+        torch.manual_seed(random.getrandbits(63))  # random turned the text into a number
         yield step  # the body of the caller's loop runs here
         if time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
             states = {name: x if isinstance(x, torch.Tensor) else x.state_dict() for name, x in parts.items()}
@@ -437,7 +437,7 @@ def save_picture(path, generator, teacher, noise, num_classes):
     """Save a column for each class, by the teacher's predictions: the mean image (Figure 2) and up to seven images."""
     images = torch.cat([generator(z) for z in noise.split(500)])
     predictions = torch.cat([logits_and_features(teacher, batch)[0].argmax(1) for batch in images.split(500)])
-    picture = images.new_zeros(8, num_classes, *images.shape[1:])  # black where images are missing
+    picture = images.new_zeros(8, num_classes, *images.shape[1:])  # missing images are black
     for k in range(num_classes):
         members = images[predictions == k]
         if len(members) > 0:
@@ -523,7 +523,7 @@ def parse_args(argv=None):
         folder = Path(given["resume"])
         if set(given) - {"resume", "device"}:
             parser.error("argument --resume: only --device may be given with it")
-        if (folder / "student.pt").exists() and not any(folder.glob("*-checkpoint.pt")):  # deleted after student.pt
+        if (folder / "student.pt").exists() and not any(folder.glob("*-checkpoint.pt")):  # main deletes them last
             parser.error(f"argument --resume: the run in {folder} is finished")
         stored = json.loads((folder / "args.json").read_text())
         if stored["device"] not in devices:
@@ -552,7 +552,7 @@ def main(argv=None):
     teacher = LeNet5(num_classes, args.width) if mnist else ResNet((3, 4, 6, 3), num_classes, args.width)
     student = LeNet5(num_classes, args.width / 2) if mnist else ResNet((2, 2, 2, 2), num_classes, args.width)
     generator = Generator(args.latent_dim, len(mean))
-    if mnist and args.recipe == "fast":  # clamp to [black, white]; it has no weights for generator.pt
+    if mnist and args.recipe == "fast":  # clamp to [black, white]; this is not in generator.pt
         generator.append(nn.Hardtanh((0 - mean[0]) / std[0], (1 - mean[0]) / std[0]))
     if args.resume and Path(args.resume, "teacher.pt").exists():  # the teacher is finished
         args.teacher = Path(args.resume, "teacher.pt")
