@@ -39,7 +39,7 @@ from torchvision.utils import save_image
 def kd_loss(student_logits, teacher_logits, temperature=1):
     """L_KD, Eq. 1: the student's softmax q should match the teacher's softmax p. Both inputs are logits (N, K).
 
-    Eq. 1 is the cross-entropy of p and q. Like the released code, we use their KL divergence: it gives the student the
+    Eq. 1 is the cross-entropy of p and q. Like the released code, we use the KL divergence: it gives the student the
     same gradient and is 0 when q equals p. A temperature above 1 gives unlikely classes more weight, and
     temperature**2 keeps the gradients at the same scale (Hinton et al., 2015). Raises ValueError if the shapes differ.
     """
@@ -154,9 +154,9 @@ class UpsampleConv2d(nn.Conv2d):
     def forward(self, x):
         # Upsampling makes blocks of equal pixels, so weights that fall on equal pixels can be added. In one dimension,
         # the weights (a, b, c) become (a, b + c) for the left pixel of a block of two and (a + b, c) for the right one.
-        # A transposed convolution by (c, b + c, a + b, a) does both. These are sums of neighbours in (0, c, b, a, 0).
+        # A transposed convolution by (c, b + c, a + b, a) does both.
         kernel = self.weight.flip(2, 3).transpose(0, 1)
-        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # divisor 1 makes it add
+        kernel = F.avg_pool2d(kernel, 2, stride=1, padding=1, divisor_override=1)  # adds neighbours in (0, c, b, a, 0)
         layout = torch.contiguous_format if x.is_mps else torch.channels_last  # contiguous on Apple GPUs: see main
         return F.conv_transpose2d(x, kernel.contiguous(memory_format=layout), self.bias, stride=2, padding=1)
 
@@ -201,8 +201,8 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, images):  # (N, 1, 32, 32); the shapes are for width 1
-        x = F.max_pool2d(self.conv1(images), 2).relu()  # (N, 6, 14, 14)
-        x = F.max_pool2d(self.conv2(x), 2).relu()  # (N, 16, 5, 5); pooling before the ReLU is the same and faster
+        x = F.max_pool2d(self.conv1(images), 2).relu()  # (N, 6, 14, 14); pooling before the ReLU is the same and faster
+        x = F.max_pool2d(self.conv2(x), 2).relu()  # (N, 16, 5, 5)
         features = self.conv3(x).relu().flatten(1)  # (N, 120)
         return self.fc2(self.fc1(features).relu()), features
 
@@ -319,7 +319,7 @@ RECIPES = {
     "beta": (0.0, (5.0, 5.0), (5.0, 5.0), (20.0, 20.0), "weight of L_ie, Eq. 6"),
     "temperature": (0.001, (4.0, 1.0), (4.0, 1.0), (4.0, 1.0), "temperature of L_KD"),
     "replay": (0, (24, 0), (4, 0), (4, 0), "updates of the student on past images in each iteration"),
-    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "width of both networks; MNIST's student has half of it"),
+    "width": (0.2, (1.0, 1.0), (0.25, 1.0), (0.25, 1.0), "width of both classifiers, halved for MNIST's student"),
     "teacher_epochs": (1, (5, 9), (10, 199), (10, 199), "epochs of the teacher"),
     "teacher_batch_size": (2, (256, 256), (128, 128), (128, 128), "batch size of the teacher"),
     "teacher_lr": (0.0, (0.003, 0.001), (0.1, 0.1), (0.1, 0.1), "learning rate of the teacher"),
@@ -357,7 +357,7 @@ def make_optimizer(network, lr, steps, recipe, milestones):
     """
     if isinstance(network, LeNet5):
         optimizer = torch.optim.Adam(network.parameters(), lr)
-        milestones = ()  # the released rate of Adam is constant
+        milestones = ()  # the released recipe keeps Adam's rate constant
     else:
         optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     if recipe == "released":
@@ -408,7 +408,7 @@ def training_loop(stage, steps, seed, parts, folder):
     saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
         random.seed(f"{seed} {stage} {step}")
-        torch.manual_seed(random.getrandbits(63))  # random turned the text into a number
+        torch.manual_seed(random.getrandbits(63))  # random.seed takes a text, torch's does not
         yield step  # the body of the caller's loop runs here
         if time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
             states = {name: x if isinstance(x, torch.Tensor) else x.state_dict() for name, x in parts.items()}
@@ -435,7 +435,7 @@ def report(stage, step, steps, losses, network, test_set, folder):
 @torch.no_grad()
 def save_picture(path, generator, teacher, noise, num_classes):
     """Save a column for each class, by the teacher's predictions: the mean image (Figure 2) and up to seven images."""
-    images = torch.cat([generator(z) for z in noise.split(500)])
+    images = torch.cat([generator(z) for z in noise.split(500)])  # in training mode, see Generator
     predictions = torch.cat([logits_and_features(teacher, batch)[0].argmax(1) for batch in images.split(500)])
     picture = images.new_zeros(8, num_classes, *images.shape[1:])  # missing images are black
     for k in range(num_classes):
@@ -523,7 +523,7 @@ def parse_args(argv=None):
         folder = Path(given["resume"])
         if set(given) - {"resume", "device"}:
             parser.error("argument --resume: only --device may be given with it")
-        if (folder / "student.pt").exists() and not any(folder.glob("*-checkpoint.pt")):  # main deletes them last
+        if (folder / "student.pt").exists() and not (folder / "student-checkpoint.pt").exists():  # main deletes it last
             parser.error(f"argument --resume: the run in {folder} is finished")
         stored = json.loads((folder / "args.json").read_text())
         if stored["device"] not in devices:
@@ -552,7 +552,7 @@ def main(argv=None):
     teacher = LeNet5(num_classes, args.width) if mnist else ResNet((3, 4, 6, 3), num_classes, args.width)
     student = LeNet5(num_classes, args.width / 2) if mnist else ResNet((2, 2, 2, 2), num_classes, args.width)
     generator = Generator(args.latent_dim, len(mean))
-    if mnist and args.recipe == "fast":  # clamp to [black, white]; this is not in generator.pt
+    if mnist and args.recipe == "fast":  # clamp to [black, white]; generator.pt is without this layer
         generator.append(nn.Hardtanh((0 - mean[0]) / std[0], (1 - mean[0]) / std[0]))
     if args.resume and Path(args.resume, "teacher.pt").exists():  # the teacher is finished
         args.teacher = Path(args.resume, "teacher.pt")
